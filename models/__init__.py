@@ -1,0 +1,1 @@
+"""Offline half of qerve: numerics, kernels, the network, the artifact, the build pipeline."""

@@ -1,0 +1,62 @@
+"""The input of one forward pass: the tokens of several sequences, concatenated without padding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpan:
+    """One sequence's share of a batch.
+
+    start, num_tokens: rows ``start .. start + num_tokens`` of the batch are this sequence's new tokens
+    context_len:       tokens of the sequence that are known after this pass, the new ones included
+    slots:             (context_len,) int64 key-value cache slots of all of them, in order; None: no cache,
+                       then context_len == num_tokens
+    """
+
+    start: int
+    num_tokens: int
+    context_len: int
+    slots: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tokens of one forward pass.
+
+    token_ids, positions: (num_tokens,) int64
+    spans:                one per sequence, in row order, covering every row
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    spans: tuple[SequenceSpan, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the batch."""
+        return self.token_ids.shape[0]
+
+    @property
+    def slot_mapping(self) -> Tensor:
+        """(num_tokens,) int64: the cache slot into which each row's key and value are written."""
+        return torch.cat([span.slots[-span.num_tokens :] for span in self.spans if span.slots is not None])
+
+    @classmethod
+    def uncached(cls, sequences: Sequence[Sequence[int]] | Tensor, device: torch.device | str = "cpu") -> "Batch":
+        """Whole sequences from their first token on, without a cache: calibration and evaluation.
+
+        Args:
+            sequences: token ids of each sequence, lengths may differ; or a tensor (num_sequences, length).
+            device: where the batch's tensors go.
+        """
+        rows = [torch.as_tensor(tokens, dtype=torch.int64) for tokens in sequences]
+        spans, start = [], 0
+        for row in rows:
+            spans.append(SequenceSpan(start, len(row), len(row)))
+            start += len(row)
+        positions = torch.cat([torch.arange(len(row)) for row in rows])
+        return cls(torch.cat(rows).to(device), positions.to(device), tuple(spans))

@@ -1,0 +1,1 @@
+"""Serving half of qerve: engine, HTTP, metrics, settings."""
