@@ -1,0 +1,1 @@
+"""Calibration tokens, and the statistics taken from them."""

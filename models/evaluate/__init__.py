@@ -1,0 +1,1 @@
+"""Quality measurements: the same functions offline and behind the service."""

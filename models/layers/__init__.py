@@ -1,0 +1,1 @@
+"""The linear layers that the network is made of."""

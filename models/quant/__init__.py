@@ -1,0 +1,1 @@
+"""Uniform integer quantization and the packing of its codes: pure tensor functions."""

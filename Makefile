@@ -1,0 +1,68 @@
+# One virtual environment, made on first use and kept: a second run installs only if pyproject.toml changed.
+#   PYTHON       interpreters to try for the environment, in this order
+#   TORCH_INDEX  extra package index for PyTorch wheels (for example one with CPU-only builds); empty: the default index
+#   ARGS         further arguments for pytest
+
+SHELL       := /bin/bash
+VENV        ?= .venv
+PYTHON      ?= python3 python3.14 python3.13 python3.12 python3.11
+TORCH_INDEX ?=
+PORT        ?= 8000
+ONCE        ?=
+ARGS        ?=
+
+BIN     := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip --quiet --disable-pip-version-check install \
+           $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help venv demo model test test-all quality clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(VENV)/.installed-dev ## create the virtual environment with everything tests and checks need
+
+demo: $(VENV)/.installed ## quantize a small real model, serve it, try it; ONCE=1 ends after the summary, PORT=N
+	@$(BIN)/python -m tools.demo --port $(PORT) $(if $(filter-out 0,$(ONCE)),--once)
+
+model: $(VENV)/.created ## fetch the small real model that the demo and some tests use
+	@$(BIN)/python -m tools.fetch_model
+
+test: $(VENV)/.installed-dev ## run the tests, without those marked slow
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.installed-dev model ## run every test, with the real model
+	@$(BIN)/python -m pytest $(ARGS)
+
+quality: $(VENV)/.installed-dev ## lint, formatting and types, as CI checks them
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean: ## remove the environment and caches; artifacts/ and the fetched model stay
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find models service tests tools -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# Touched only when every step worked: a half-made environment is made again.
+$(VENV)/.created:
+	@set -e; for candidate in $(PYTHON); do \
+	    if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	        echo "creating $(VENV) with $$candidate"; \
+	        "$$candidate" -m venv $(VENV); touch $@; exit 0; \
+	    fi; \
+	done; \
+	echo "qerve needs Python 3.11 or newer and found none among: $(PYTHON)" >&2; \
+	echo "install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.created
+	@echo "installing qerve into $(VENV) (the first time downloads PyTorch, which takes minutes)"
+	@$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml $(VENV)/.created
+	@echo "installing qerve and its development tools into $(VENV) (the first time takes minutes)"
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/.installed

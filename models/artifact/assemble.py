@@ -1,0 +1,165 @@
+"""What a manifest and an index say, derived from what is stored: the writer writes it, the reader compares it."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+
+from ..config import BuildConfig
+from ..errors import ArtifactError
+from ..llama.config import LlamaConfig
+from .format import (
+    CONFIG_FILE,
+    FACTOR_DTYPES,
+    FILE_NAME_PATTERN,
+    FORMAT,
+    GENERATION_CONFIG_FILE,
+    PICKLE_SUFFIXES,
+    RESERVED_FILES,
+    Component,
+    FileRecord,
+    LinearRecord,
+    Manifest,
+    Record,
+    TensorName,
+    TensorRecord,
+    first_problem,
+    qerve_version,
+    self_hash,
+    shard_name,
+)
+from .jsonio import readable_json
+from .layout import ExpectedTensor, StoredTensor, TensorError, expected_layer, expected_rest
+
+DENSE_BYTES_PER_PARAMETER = 2
+
+
+class ShardProgress(Record):
+    """A finished shard: its record, those of its tensors, and those of its linear layers (none in the last shard)."""
+
+    file: FileRecord
+    tensors: dict[TensorName, TensorRecord]
+    linears: dict[TensorName, LinearRecord]
+
+
+def expected_tensors(config: LlamaConfig, linears: Mapping[str, LinearRecord]) -> dict[str, ExpectedTensor]:
+    """Every tensor of an artifact by name.
+
+    Raises:
+        TensorError: the records are not those of the network's linear layers, or differ from their shapes.
+    """
+    expected = expected_rest(config)
+    remaining = dict(linears)
+    for layer_index in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer_index}."
+        records = {path: remaining.pop(path) for path in linears if path.startswith(prefix)}
+        expected |= expected_layer(config, layer_index, records)
+    if remaining:
+        raise TensorError(repr(min(remaining)), "this record does not belong here")
+    return expected
+
+
+def component_bytes(
+    tensors: Mapping[str, TensorRecord], expected: Mapping[str, ExpectedTensor]
+) -> dict[Component, int]:
+    """Stored bytes by component; every component is present."""
+    totals: dict[Component, int] = dict.fromkeys(get_args(Component), 0)
+    for name, spec in expected.items():
+        totals[spec.component] += StoredTensor(tensors[name].dtype, tensors[name].shape).num_bytes
+    return totals
+
+
+def record_bits(record: LinearRecord) -> float:
+    """Effective bits of one linear layer as its record implies them: ``LinearWeights.effective_bits``."""
+    bits = record.scheme.weight_bits(record.in_features)
+    if record.factor_dtype is not None:
+        num_channels = record.out_features + (record.in_features if record.lora_form == "two-factor" else 0)
+        itemsize = next(dtype.itemsize for dtype, name in FACTOR_DTYPES.items() if name == record.factor_dtype)
+        bits += 8 * itemsize * record.rank * num_channels / (record.out_features * record.in_features)
+    return bits
+
+
+def effective_bits(linears: Mapping[str, LinearRecord]) -> float:
+    """Stored bits per weight over all linear layers."""
+    num_weights = sum(record.in_features * record.out_features for record in linears.values())
+    bits = math.fsum(record.effective_bits * record.in_features * record.out_features for record in linears.values())
+    return bits / num_weights
+
+
+def dense_bytes(config: LlamaConfig) -> int:
+    """What all parameters of the checkpoint take at 16 bits; a tied head counts once."""
+    return DENSE_BYTES_PER_PARAMETER * config.num_parameters
+
+
+def hugging_face_files(
+    hf_config: Mapping[str, Any], generation_config: Mapping[str, Any], tokenizer_files: Mapping[str, bytes]
+) -> dict[str, bytes]:
+    """Content by file name.
+
+    Raises:
+        ArtifactError: a tokenizer file's name is taken or stands for pickled data, or a value that JSON cannot hold.
+    """
+    for name in tokenizer_files:
+        is_plain = re.fullmatch(FILE_NAME_PATTERN, name) is not None and name not in RESERVED_FILES
+        if not is_plain or Path(name).suffix.lower() in PICKLE_SUFFIXES | {".safetensors"}:
+            raise ArtifactError(f"tokenizer file {name!r}: this name cannot be part of an artifact; leave the file out")
+    contents = dict(tokenizer_files)
+    for name, values in ((CONFIG_FILE, hf_config), (GENERATION_CONFIG_FILE, generation_config)):
+        try:
+            contents[name] = readable_json(values)
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"{name}: cannot be written as JSON: {error}; correct it in the checkpoint") from error
+    return contents
+
+
+def index_bytes(tensors: Mapping[str, TensorRecord]) -> bytes:
+    """Content of the index, spelled as Hugging Face does."""
+    total = sum(StoredTensor(record.dtype, record.shape).num_bytes for record in tensors.values())
+    weight_map = {name: record.file for name, record in tensors.items()}
+    return readable_json({"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def build_manifest(
+    config: LlamaConfig,
+    shards: Sequence[ShardProgress],
+    files: Mapping[str, FileRecord],
+    *,
+    build: BuildConfig,
+    checkpoint_fingerprint: str,
+    calibration_fingerprint: str | None,
+    evaluation: Mapping[str, int | float],
+) -> Manifest:
+    """The manifest of the finished ``shards`` (in order) and the other ``files``.
+
+    Raises:
+        ArtifactError: an evaluation result that is not finite, or a value outside the format.
+    """
+    for name, value in evaluation.items():
+        if not math.isfinite(value):
+            raise ArtifactError(f"evaluation: {name} is {value}: the quantized network is broken; give it more bits")
+    tensors = {name: record for shard in shards for name, record in shard.tensors.items()}
+    linears = {path: record for shard in shards for path, record in shard.linears.items()}
+    shard_files = {shard_name(index, len(shards)): shard.file for index, shard in enumerate(shards)}
+    values: dict[str, Any] = {
+        "format": FORMAT,
+        "qerve_version": qerve_version(),
+        "build": build,
+        "checkpoint_fingerprint": checkpoint_fingerprint,
+        "calibration_fingerprint": calibration_fingerprint,
+        "linears": linears,
+        "tensors": tensors,
+        "files": {**files, **shard_files},
+        "component_bytes": component_bytes(tensors, expected_tensors(config, linears)),
+        "effective_bits": effective_bits(linears),
+        "dense_bytes": dense_bytes(config),
+        "evaluation": dict(evaluation),
+        "manifest_sha256": "0" * 64,
+    }
+    try:
+        draft = Manifest(**values)
+    except ValidationError as error:
+        raise ArtifactError(f"the manifest cannot be written: {first_problem(error)}") from error
+    return draft.model_copy(update={"manifest_sha256": self_hash(draft.model_dump(mode="json"))})

@@ -1,0 +1,119 @@
+"""What ``qerve inspect`` shows: the manifest's figures, and the kernel backend that each layer would get here."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..config import PER_CHANNEL, BuildConfig
+from ..device import default_dtype
+from ..kernels import get_backends
+from ..kernels.base import LinearSpec, Selection, select_backend
+from .format import LinearRecord, Manifest
+from .reader import ArtifactReader
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """An artifact's manifest, and per linear layer the backend that would run it on this machine."""
+
+    path: Path
+    manifest: Manifest
+    selections: dict[str, Selection]
+    dtype: torch.dtype
+
+    def to_dict(self) -> dict[str, object]:
+        """The manifest without its list of tensors and files, and the backends, as plain values."""
+        values = self.manifest.model_dump(mode="json", exclude={"tensors", "files"})
+        return values | {"path": str(self.path), "backends": self.num_layers_by_backend, "passed_over": self.reasons}
+
+    @property
+    def num_layers_by_backend(self) -> dict[str, int]:
+        """Number of linear layers that each backend would run."""
+        return dict(Counter(selection.backend.name for selection in self.selections.values()))
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Why preferred backends would not run a layer: reason -> number of layers."""
+        passed_over = (item for selection in self.selections.values() for item in selection.passed_over)
+        return dict(Counter(f"{name}: {reason}" for name, reason in passed_over))
+
+    def summary_rows(self) -> dict[str, str]:
+        """Name -> value of the summary table."""
+        manifest = self.manifest
+        rows = {"format": f"{manifest.format}, built by qerve {manifest.qerve_version}"} | _build_rows(manifest.build)
+        rows["effective bits per weight"] = f"{manifest.effective_bits:.3f}"
+        rows["size"] = f"{manifest.artifact_bytes / MIB:.1f} MiB (dense 16-bit: {manifest.dense_bytes / MIB:.1f} MiB)"
+        rows |= {f"  {name}": f"{size / MIB:.1f} MiB" for name, size in manifest.component_bytes.items() if size}
+        rows |= {f"holdout {name}": f"{value:.4g}" for name, value in manifest.evaluation.items()}
+        activations = str(self.dtype).removeprefix("torch.")
+        for name, count in self.num_layers_by_backend.items():
+            rows[f"backend {name}"] = f"{count} linear layers, {activations} activations"
+        for reason, count in self.reasons.items():
+            name, why = reason.split(": ", 1)
+            rows[f"not {name}"] = f"{count} linear layers: {why}"
+        return rows | {"manifest sha256": manifest.manifest_sha256}
+
+    def layer_rows(self) -> list[tuple[str, ...]]:
+        """One row per linear layer: path, bits, group, rank, effective bits, weight and output error, backend."""
+        linears = self.manifest.linears
+        return [_layer_row(path, linears[path], self.selections[path]) for path in self.selections]
+
+
+def inspect_artifact(path: Path, device: str, is_verified: bool) -> Inspection:
+    """Validate the artifact in ``path`` and look up the backends that ``device`` would run its layers with.
+
+    Raises:
+        ArtifactError: it is damaged, inconsistent or of another version.
+    """
+    target = torch.device(device)
+    dtype = default_dtype(target)
+    with ArtifactReader.open(path, "full" if is_verified else "structure") as reader:
+        backends = get_backends("auto")
+        selections = {
+            name: select_backend(_spec(reader.manifest.linears[name], target, dtype), backends, name)
+            for name in reader.config.linear_shapes()
+        }
+        return Inspection(path, reader.manifest, selections, dtype)
+
+
+def _build_rows(build: BuildConfig) -> dict[str, str]:
+    scheme, correction, calibration = build.scheme, build.reconstruct, build.calibration
+    group = "per channel" if scheme.group_size == PER_CHANNEL else f"group {scheme.group_size}"
+    symmetry = "symmetric" if scheme.is_symmetric else "asymmetric"
+    return {
+        "weights": f"INT{scheme.num_bits} {symmetry}, {group}, {build.quantizer}",
+        "correction": f"{correction.method}, rank {correction.rank}, {correction.factor_dtype}",
+        "calibration": f"{calibration.source}, {calibration.num_sequences} x {calibration.sequence_length} tokens, "
+        f"{calibration.inputs} inputs",
+    }
+
+
+def _spec(record: LinearRecord, device: torch.device, dtype: torch.dtype) -> LinearSpec:
+    return LinearSpec(
+        scheme=record.scheme,
+        in_features=record.in_features,
+        out_features=record.out_features,
+        rank=record.rank,
+        has_input_scale=record.has_input_scale,
+        has_channel_order=record.has_channel_order,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _layer_row(path: str, record: LinearRecord, selection: Selection) -> tuple[str, ...]:
+    output_error = record.relative_output_error
+    return (
+        path.removeprefix("model."),
+        str(record.scheme.num_bits),
+        str(record.scheme.group_size),
+        str(record.rank),
+        f"{record.effective_bits:.3f}",
+        f"{record.relative_weight_error:.4f}",
+        "not measured" if output_error is None else f"{output_error:.4f}",
+        selection.backend.name,
+    )

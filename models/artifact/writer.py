@@ -1,0 +1,192 @@
+"""Writes an artifact: one shard per decoder layer, final once written, so that a build can go on where it stopped.
+
+    NAME.partial/artifact/     the files of the artifact so far; becomes NAME when the build finishes
+    NAME.partial/progress/     build.json: which build this is; layer-00000.json ...: records of the finished layers
+
+An artifact that bears its final name is whole, and has been opened and verified by ``ArtifactReader``.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from ..config import BuildConfig
+from ..errors import ArtifactError
+from ..llama.config import LlamaConfig
+from ..types import LinearWeights
+from .assemble import ShardProgress, build_manifest, hugging_face_files, index_bytes
+from .files import hash_file, write_bytes
+from .format import FORMAT, INDEX_FILE, MANIFEST_FILE, FileRecord, LinearRecord, Manifest, qerve_version, shard_name
+from .jsonio import canonical_json
+from .layout import (
+    DTYPE_NAMES,
+    ExpectedTensor,
+    StoredTensor,
+    TensorError,
+    check_tensors,
+    expected_layer,
+    expected_rest,
+)
+from .linear import check_finite, decode_linear, encode_linear
+from .partial import PartialDirectory
+from .reader import ArtifactReader
+from .shard import Shard, write_shard
+
+
+class ArtifactWriter:
+    """One build's output. Reopens what an interrupted build with an equal ``build_fingerprint`` left, else starts anew.
+
+    Raises:
+        ArtifactError: ``directory`` is taken and ``overwrite`` is false, or cannot be written.
+    """
+
+    def __init__(self, directory: Path, config: LlamaConfig, build_fingerprint: str, overwrite: bool = False) -> None:
+        self._config = config
+        identity = {"format": FORMAT, "qerve_version": qerve_version(), "build_fingerprint": build_fingerprint}
+        self._partial = PartialDirectory(directory, canonical_json(identity), overwrite)
+        self._shards: dict[int, ShardProgress] = {}
+
+    def finished_layers(self) -> int:
+        """Number of leading decoder layers whose shard and records are on disk and whose hash still matches."""
+        for layer_index in range(self._config.num_hidden_layers):
+            if not self._is_finished(layer_index):
+                return layer_index
+        return self._config.num_hidden_layers
+
+    def write_layer(
+        self,
+        layer_index: int,
+        linears: Mapping[str, LinearWeights],
+        tensors: Mapping[str, Tensor],
+        records: Mapping[str, LinearRecord],
+    ) -> None:
+        """Write one decoder layer, complete or not at all.
+
+        Args:
+            layer_index: counted from 0
+            linears: every linear layer of the decoder layer by module path
+            tensors: its unquantized tensors (norms) by Hugging Face name, stored in the type they have
+            records: one per linear layer
+
+        Raises:
+            ArtifactError: a tensor is missing, not finite, of a wrong shape or type, or the file cannot be written.
+        """
+        stored: dict[str, Tensor] = dict(tensors)
+        with self._partial.blaming(f"decoder layer {layer_index}"):
+            for path, weights in linears.items():
+                stored |= encode_linear(path, weights)
+            self._write(layer_index, stored, expected_layer(self._config, layer_index, records), dict(records))
+
+    def read_layer(self, layer_index: int) -> dict[str, LinearWeights]:
+        """The linear layers of a finished decoder layer by module path, on the CPU.
+
+        Raises:
+            ArtifactError: the layer is not finished, or its shard is damaged.
+        """
+        if layer_index not in self._shards and not self._is_finished(layer_index):
+            raise ArtifactError(f"{self._partial.path}: decoder layer {layer_index} is not finished; build it first")
+        with self._partial.blaming(f"decoder layer {layer_index}"), Shard(self._shard_path(layer_index)) as shard:
+            records = self._shards[layer_index].linears
+            return {path: decode_linear(path, record, shard.read) for path, record in records.items()}
+
+    def write_rest(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write what belongs to no decoder layer: embedding, final norm and, unless it is tied, the head.
+
+        Raises:
+            ArtifactError: as ``write_layer``.
+        """
+        with self._partial.blaming("embeddings, final norm and head"):
+            self._write(self._config.num_hidden_layers, tensors, expected_rest(self._config), {})
+
+    def finish(
+        self,
+        *,
+        build: BuildConfig,
+        hf_config: Mapping[str, Any],
+        generation_config: Mapping[str, Any],
+        tokenizer_files: Mapping[str, bytes],
+        checkpoint_fingerprint: str,
+        calibration_fingerprint: str | None,
+        evaluation: Mapping[str, int | float],
+    ) -> Manifest:
+        """Write everything else, verify the whole artifact, and give it its name.
+
+        Nothing that differs between two equal builds (times, paths) may go into ``evaluation``.
+
+        Raises:
+            ArtifactError: a layer is missing, a file name or value cannot be stored, or a file cannot be written.
+        """
+        shards = self._finished_shards()
+        with self._partial.blaming("configuration and tokenizer"):
+            contents = hugging_face_files(hf_config, generation_config, tokenizer_files)
+            contents[INDEX_FILE] = index_bytes(
+                {name: record for shard in shards for name, record in shard.tensors.items()}
+            )
+            files = {name: self._write_file(name, data) for name, data in contents.items()}
+            manifest = build_manifest(
+                self._config,
+                shards,
+                files,
+                build=build,
+                checkpoint_fingerprint=checkpoint_fingerprint,
+                calibration_fingerprint=calibration_fingerprint,
+                evaluation=dict(evaluation),
+            )
+            self._write_file(MANIFEST_FILE, manifest.to_bytes())
+        self._partial.keep_only({MANIFEST_FILE, *manifest.files})
+        ArtifactReader.open(self._partial.artifact).close()
+        self._partial.publish()
+        return manifest
+
+    def _write(
+        self,
+        shard_index: int,
+        tensors: Mapping[str, Tensor],
+        expected: Mapping[str, ExpectedTensor],
+        linears: dict[str, LinearRecord],
+    ) -> None:
+        check_tensors({name: _stored(name, tensor) for name, tensor in tensors.items()}, expected)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                check_finite(name, tensor)
+        self._progress_path(shard_index).unlink(missing_ok=True)
+        written = write_shard(self._shard_path(shard_index), tensors)
+        progress = ShardProgress(file=written.file, tensors=written.tensors, linears=linears)
+        write_bytes(self._progress_path(shard_index), canonical_json(progress.model_dump(mode="json")))
+        self._shards[shard_index] = progress
+
+    def _write_file(self, name: str, data: bytes) -> FileRecord:
+        return write_bytes(self._partial.artifact / name, data)
+
+    def _is_finished(self, shard_index: int) -> bool:
+        try:
+            progress = ShardProgress.model_validate_json(self._progress_path(shard_index).read_bytes(), strict=True)
+            is_finished = hash_file(self._shard_path(shard_index)) == progress.file
+        except (OSError, ValidationError, ArtifactError):
+            return False
+        if is_finished:
+            self._shards[shard_index] = progress
+        return is_finished
+
+    def _finished_shards(self) -> list[ShardProgress]:
+        num_shards = self._config.num_hidden_layers + 1
+        for shard_index in range(num_shards):
+            if shard_index not in self._shards and not self._is_finished(shard_index):
+                missing = f"decoder layer {shard_index}" if shard_index < num_shards - 1 else "the unquantized rest"
+                raise ArtifactError(f"{self._partial.path}: {missing} is not written; the artifact cannot be finished")
+        return [self._shards[shard_index] for shard_index in range(num_shards)]
+
+    def _shard_path(self, shard_index: int) -> Path:
+        return self._partial.artifact / shard_name(shard_index, self._config.num_hidden_layers + 1)
+
+    def _progress_path(self, shard_index: int) -> Path:
+        return self._partial.progress / f"layer-{shard_index:05d}.json"
+
+
+def _stored(name: str, tensor: Tensor) -> StoredTensor:
+    if tensor.dtype not in DTYPE_NAMES:
+        raise TensorError(name, f"type {tensor.dtype} cannot be stored")
+    return StoredTensor(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))

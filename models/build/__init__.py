@@ -1,0 +1,6 @@
+"""The build: a checkpoint becomes an artifact, one decoder layer in memory at a time."""
+
+from .observer import BuildObserver, SilentObserver
+from .pipeline import BuildReport, build_artifact
+
+__all__ = ["BuildObserver", "BuildReport", "SilentObserver", "build_artifact"]

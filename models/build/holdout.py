@@ -1,0 +1,41 @@
+"""Perplexity of the holdout, dense and quantized, from the hidden states that both leave the last layer with."""
+
+import torch
+
+from ..evaluate.perplexity import PerplexityResult, score_hidden, summarize
+from ..llama.config import LlamaConfig
+from ..llama.model import RMSNorm, head_logits
+from ..llama.weights import WeightSource
+from .stream import CalibrationStreams, HiddenStream
+
+
+def holdout_evaluation(
+    network: LlamaConfig, streams: CalibrationStreams, weights: WeightSource
+) -> dict[str, int | float]:
+    """What the artifact records about its quality; empty without a holdout.
+
+    Returns:
+        dense_perplexity and quantized_perplexity over the holdout's num_tokens predictions.
+    """
+    if not streams.holdout_dense.hidden:
+        return {}
+    norm = RMSNorm(weights.tensor("model.norm.weight"), network.rms_norm_eps)
+    head = weights.tensor("model.embed_tokens.weight" if network.tie_word_embeddings else "lm_head.weight")
+    dense = _score(streams.holdout_dense, norm, head)
+    quantized = _score(streams.holdout_quantized, norm, head)
+    return {
+        "dense_perplexity": dense.perplexity,
+        "quantized_perplexity": quantized.perplexity,
+        "num_tokens": dense.num_tokens,
+    }
+
+
+@torch.inference_mode()
+def _score(stream: HiddenStream, norm: RMSNorm, head: torch.Tensor) -> PerplexityResult:
+    nlls = []
+    for batch, hidden in zip(stream.batches, stream.hidden, strict=True):
+        for span in batch.spans:
+            rows = slice(span.start, span.start + span.num_tokens - 1)
+            targets = batch.token_ids[span.start + 1 : span.start + span.num_tokens]
+            nlls.append(score_hidden(lambda part: head_logits(part, head), norm(hidden[rows]), targets))
+    return summarize(nlls)

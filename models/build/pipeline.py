@@ -1,0 +1,149 @@
+"""The build pipeline. Per decoder layer: statistics on its inputs, quantize, reconstruct, write, run it quantized.
+
+Held at any moment: the embedding (at both ends), one dense decoder layer with its quantized form and its statistics,
+and the hidden states of the calibration set. A finished layer is final on disk, so a build that was interrupted goes
+on where it stopped.
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ..artifact.format import Manifest
+from ..artifact.partial import check_target
+from ..artifact.writer import ArtifactWriter
+from ..calibration.data import CalibrationTokens
+from ..config import BuildConfig
+from ..llama.checkpoint import Checkpoint, DenseWeights
+from ..llama.config import LlamaConfig
+from ..memory import PeakMemory, directory_bytes
+from .calibrate import calibration_tokens
+from .holdout import holdout_evaluation
+from .layer import LayerBuilder, stored_tensor
+from .observer import BuildObserver, SilentObserver
+from .plan import check_build
+from .stream import CalibrationStreams
+
+
+@dataclass(frozen=True, slots=True)
+class BuildReport:
+    """What a build did and what it cost.
+
+    peak_memory_bytes: largest memory held above what the process held before, mapped files not counted
+    memory_bound_bytes: dense embedding + one dense decoder layer (float32) + activations of the calibration set
+    """
+
+    artifact: str
+    seconds: float
+    peak_memory_bytes: int
+    memory_bound_bytes: int
+    dense_perplexity: float | None
+    quantized_perplexity: float | None
+    effective_bits: float
+    artifact_bytes: int
+    dense_bytes: int
+    num_resumed_layers: int
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain dict for JSON."""
+        return asdict(self)
+
+
+def build_artifact(
+    checkpoint: Checkpoint,
+    out: Path,
+    config: BuildConfig,
+    *,
+    device: torch.device | str = "cpu",
+    overwrite: bool = False,
+    observer: BuildObserver | None = None,
+) -> BuildReport:
+    """Quantize ``checkpoint`` into the artifact directory ``out``.
+
+    Raises:
+        SchemeError: the configuration cannot be carried out; found before any weight is read.
+        CalibrationError: the calibration data cannot be used, or a statistic is not finite.
+        CheckpointError: a tensor is missing or damaged.
+        ArtifactError: ``out`` exists and ``overwrite`` is false.
+    """
+    observer = observer or SilentObserver()
+    started, device = time.perf_counter(), torch.device(device)
+    reconstructor = check_build(config, checkpoint.config)
+    check_target(out, overwrite)
+    with PeakMemory() as memory:
+        tokens = calibration_tokens(checkpoint, config.calibration, device, observer)
+        writer = ArtifactWriter(out, checkpoint.config, build_fingerprint(checkpoint, config, tokens), overwrite)
+        dense = DenseWeights(checkpoint, torch.float32, device)
+        streams = CalibrationStreams.start(checkpoint.config, tokens, dense, config.calibration)
+        builder = LayerBuilder(config, reconstructor, dense, writer)
+        num_resumed, num_layers = writer.finished_layers(), checkpoint.config.num_hidden_layers
+        observer.phase("quantizing layers", num_layers)
+        for index in range(num_layers):
+            builder.step(index, streams, is_finished=index < num_resumed)
+            observer.progress(index + 1)
+        evaluation = holdout_evaluation(checkpoint.config, streams, dense)
+        manifest = _finish(writer, checkpoint, config, tokens, evaluation)
+    return BuildReport(
+        artifact=str(out),
+        seconds=round(time.perf_counter() - started, 2),
+        peak_memory_bytes=memory.growth_bytes,
+        memory_bound_bytes=memory_bound_bytes(checkpoint.config, streams),
+        dense_perplexity=evaluation.get("dense_perplexity"),
+        quantized_perplexity=evaluation.get("quantized_perplexity"),
+        effective_bits=manifest.effective_bits,
+        artifact_bytes=directory_bytes(out),
+        dense_bytes=checkpoint.dense_bytes,
+        num_resumed_layers=num_resumed,
+    )
+
+
+def build_fingerprint(checkpoint: Checkpoint, config: BuildConfig, tokens: CalibrationTokens) -> str:
+    """sha256 that two builds share when a layer finished by one can be taken over by the other."""
+    described = json.dumps([checkpoint.fingerprint, tokens.fingerprint, _recorded(config).to_dict()], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+def memory_bound_bytes(network: LlamaConfig, streams: CalibrationStreams) -> int:
+    """Dense embedding, one dense decoder layer, and the calibration set's activations, all in float32.
+
+    The activations are the hidden states of every sequence and, for the one batch that is inside a layer, its
+    attention and MLP intermediates.
+    """
+    embedding = network.vocab_size * network.hidden_size
+    layer = sum(shape.out_features * shape.in_features for shape in network.layer_linear_shapes(0).values())
+    per_token = sum(shape.out_features for shape in network.layer_linear_shapes(0).values()) + 4 * network.hidden_size
+    inside = streams.largest_batch * per_token
+    return 4 * (embedding + layer + inside) + streams.nbytes
+
+
+def _finish(
+    writer: ArtifactWriter,
+    checkpoint: Checkpoint,
+    config: BuildConfig,
+    tokens: CalibrationTokens,
+    evaluation: dict[str, int | float],
+) -> Manifest:
+    """Write what belongs to no decoder layer, and give the artifact its name."""
+    names = [name for name in checkpoint.config.unquantized_shapes() if not name.startswith("model.layers.")]
+    writer.write_rest({name: stored_tensor(checkpoint, name) for name in names})
+    return writer.finish(
+        build=_recorded(config),
+        hf_config=checkpoint.hf_config,
+        generation_config=checkpoint.generation_config,
+        tokenizer_files=checkpoint.tokenizer_files,
+        checkpoint_fingerprint=checkpoint.fingerprint,
+        calibration_fingerprint=tokens.fingerprint if len(tokens.statistics) else None,
+        evaluation=evaluation,
+    )
+
+
+def _recorded(config: BuildConfig) -> BuildConfig:
+    """``config`` as the artifact records it: a calibration file by its name, wherever it lies."""
+    source = config.calibration.source
+    if source in {"self", "none"} or source.startswith("hf:"):
+        return config
+    return replace(config, calibration=replace(config.calibration, source=Path(source).name))

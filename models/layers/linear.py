@@ -1,0 +1,87 @@
+"""The two linear layers of the network: a dense one, and one that a kernel backend runs from its quantized form."""
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.base import KernelBackend, LinearSpec, PreparedLinear, Selection, select_backend
+from ..types import LinearWeights
+
+
+class DenseLinear(nn.Module):
+    """``x @ weight.T + bias`` with parameters taken as they are: no copy, no gradient.
+
+    weight: (out_features, in_features), floating point
+    bias:   (out_features,) or None
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def in_features(self) -> int:
+        """Input channels."""
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Output channels."""
+        return self.weight.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the layer keeps resident."""
+        return sum(parameter.nbytes for parameter in self.parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (..., in_features) -> (..., out_features), same dtype."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class LowRankLinear(nn.Module):
+    """A quantized linear layer with its low-rank correction, run by the backend that was selected for it.
+
+    prepared:  the layer repacked by the backend; holds all of its tensors, so ``Module.to`` does not move them
+    selection: the backend, and why each preferred one was passed over
+    """
+
+    def __init__(self, prepared: PreparedLinear, selection: Selection) -> None:
+        super().__init__()
+        self.prepared = prepared
+        self.selection = selection
+
+    @classmethod
+    def of(
+        cls,
+        weights: LinearWeights,
+        backends: Sequence[KernelBackend],
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        where: str,
+    ) -> Self:
+        """``weights`` repacked by the first of ``backends`` that can run them on ``device`` with ``dtype`` activations.
+
+        Raises:
+            KernelError: none can; ``where`` names the layer.
+        """
+        selection = select_backend(LinearSpec.of(weights, device, dtype), backends, where)
+        return cls(selection.backend.prepare(weights, device, dtype), selection)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the layer keeps resident."""
+        return self.prepared.nbytes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (num_tokens, in_features) -> (num_tokens, out_features), same dtype."""
+        return self.prepared(x)
+
+    def extra_repr(self) -> str:
+        """Name the backend when the module is printed."""
+        return f"backend={self.selection.backend.name}"

@@ -1,0 +1,179 @@
+"""The network: one lean decoder for calibration, evaluation and serving, over a ragged batch without padding.
+
+Linear layers come from the weight source, so that dense, quantized and fake ones run through the same code. Activations
+run in the dtype of the norm gains; the embedding and the head may be stored narrower.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import AttentionPlan
+from .batch import Batch
+from .config import LlamaConfig
+from .kv_cache import PagedKVCache
+from .rope import Rotary, RotaryEmbedding
+from .weights import WeightSource
+
+HEAD_CHUNK_ELEMENTS = 1 << 18
+"""Head weights upcast at a time: 1 MB of float32, small enough to stay in the processor's cache."""
+
+
+def embed(token_ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of ``weight`` (vocab_size, hidden_size) for ``token_ids`` (n,): (n, hidden_size) in ``dtype``."""
+    return F.embedding(token_ids, weight).to(dtype)
+
+
+def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Next-token logits; a head stored narrower than float32 is upcast a few rows at a time, never whole.
+
+    Args:
+        hidden: (n, hidden_size), after the final norm.
+        weight: (vocab_size, hidden_size), the head or the tied embedding.
+
+    Returns:
+        (n, vocab_size) float32.
+    """
+    if hidden.dtype == weight.dtype:
+        return F.linear(hidden, weight).float()
+    hidden = hidden.float()
+    logits = hidden.new_empty(len(hidden), len(weight))
+    num_rows = max(1, HEAD_CHUNK_ELEMENTS // weight.shape[1])
+    for start in range(0, len(weight), num_rows):
+        rows = weight[start : start + num_rows]
+        logits[:, start : start + num_rows] = F.linear(hidden, rows.float())
+    return logits
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight``, computed in float32 whatever the dtype of ``x``."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (num_tokens, hidden_size) -> same shape and dtype."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, layer_index: int, weights: WeightSource) -> None:
+        super().__init__()
+        path = f"model.layers.{layer_index}.self_attn"
+        self.layer_index = layer_index
+        self.head_dim = config.head_dim
+        self.q_proj = weights.linear(f"{path}.q_proj")
+        self.k_proj = weights.linear(f"{path}.k_proj")
+        self.v_proj = weights.linear(f"{path}.v_proj")
+        self.o_proj = weights.linear(f"{path}.o_proj")
+
+    def forward(self, x: Tensor, rotary: Rotary, plan: AttentionPlan, kv_cache: PagedKVCache | None) -> Tensor:
+        """``x`` (num_tokens, hidden_size) -> same shape and dtype."""
+        query = rotary.rotate(self._heads(self.q_proj(x)))
+        key = rotary.rotate(self._heads(self.k_proj(x)))
+        value = self._heads(self.v_proj(x))
+        output: Tensor = self.o_proj(plan.attend(self.layer_index, query, key, value, kv_cache))
+        return output
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.reshape(len(x), -1, self.head_dim)
+
+
+class MLP(nn.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, layer_index: int, weights: WeightSource) -> None:
+        super().__init__()
+        path = f"model.layers.{layer_index}.mlp"
+        self.gate_proj = weights.linear(f"{path}.gate_proj")
+        self.up_proj = weights.linear(f"{path}.up_proj")
+        self.down_proj = weights.linear(f"{path}.down_proj")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` (num_tokens, hidden_size) -> same shape and dtype."""
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return output
+
+
+class DecoderLayer(nn.Module):
+    """One transformer block; its children are named as in Hugging Face checkpoints."""
+
+    def __init__(self, config: LlamaConfig, layer_index: int, weights: WeightSource) -> None:
+        super().__init__()
+        path = f"model.layers.{layer_index}"
+        self.window = config.window(layer_index)
+        self.input_layernorm = RMSNorm(weights.tensor(f"{path}.input_layernorm.weight"), config.rms_norm_eps)
+        self.self_attn = Attention(config, layer_index, weights)
+        gain = weights.tensor(f"{path}.post_attention_layernorm.weight")
+        self.post_attention_layernorm = RMSNorm(gain, config.rms_norm_eps)
+        self.mlp = MLP(layer_index, weights)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        batch: Batch,
+        rotary: Rotary,
+        kv_cache: PagedKVCache | None = None,
+        plan: AttentionPlan | None = None,
+    ) -> Tensor:
+        """Run the block.
+
+        Args:
+            hidden: (num_tokens, hidden_size).
+            batch: the rows' sequences.
+            rotary: what ``RotaryEmbedding`` made of the batch.
+            kv_cache: keys and values of earlier tokens; receives the new ones.
+            plan: the attention plan for this layer's window; made here when not given.
+
+        Returns:
+            (num_tokens, hidden_size), same dtype.
+        """
+        plan = plan or AttentionPlan.of(batch, self.window, kv_cache is not None)
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, plan, kv_cache)
+        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return output
+
+
+class LlamaForCausalLM(nn.Module):
+    """The whole network, built by asking ``weights`` for each parameter once, in order."""
+
+    def __init__(self, config: LlamaConfig, weights: WeightSource) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Parameter(weights.tensor("model.embed_tokens.weight"), requires_grad=False)
+        self.layers = nn.ModuleList(DecoderLayer(config, index, weights) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(weights.tensor("model.norm.weight"), config.rms_norm_eps)
+        is_tied = config.tie_word_embeddings
+        head = self.embed_tokens if is_tied else nn.Parameter(weights.tensor("lm_head.weight"), requires_grad=False)
+        self.lm_head = head
+        self._rotary = RotaryEmbedding(config, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are, and batches must be."""
+        return self.embed_tokens.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the activations."""
+        return self.norm.weight.dtype
+
+    def forward(self, batch: Batch, kv_cache: PagedKVCache | None = None) -> Tensor:
+        """Hidden states (num_tokens, hidden_size) after the final norm."""
+        has_cache = kv_cache is not None
+        windows = {self.config.window(index) for index in range(self.config.num_hidden_layers)}
+        plans = {window: AttentionPlan.of(batch, window, has_cache) for window in windows}
+        rotary = self._rotary(batch, self.dtype)
+        hidden = embed(batch.token_ids, self.embed_tokens, self.dtype)
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, batch, rotary, kv_cache, plans[self.config.window(index)])
+        output: Tensor = self.norm(hidden)
+        return output
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``hidden`` (n, hidden_size) -> (n, vocab_size) float32."""
+        return head_logits(hidden, self.lm_head)

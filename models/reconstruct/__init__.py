@@ -1,0 +1,36 @@
+"""Reconstruction methods: one file per paper; adding one is its file and its line in the registry below."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from ..config import ReconstructConfig
+from ..errors import SchemeError
+from .base import Reconstructor
+from .lqer import L2qer, Lqer
+from .none import NoReconstruction
+from .qera import QeraApprox, QeraExact
+from .zeroquant import ZeroQuantV2
+
+RECONSTRUCTORS: Mapping[str, Callable[[ReconstructConfig], Reconstructor]] = MappingProxyType(
+    {
+        "none": NoReconstruction,
+        "rtn": NoReconstruction,  # what tables of results call the uncorrected base quantizer
+        "zeroquant-v2": ZeroQuantV2,
+        "lqer": Lqer,
+        "l2qer": L2qer,
+        "qera-approx": QeraApprox,
+        "qera-exact": QeraExact,
+    }
+)
+
+
+def get_reconstructor(config: ReconstructConfig) -> Reconstructor:
+    """The method that ``config`` names, set up with its rank and factor dtype.
+
+    Raises:
+        SchemeError: no such method.
+    """
+    create = RECONSTRUCTORS.get(config.method)
+    if create is None:
+        raise SchemeError(f"method {config.method!r} is unknown; choose one of {', '.join(RECONSTRUCTORS)}")
+    return create(config)

@@ -1,0 +1,47 @@
+"""Models, health and metrics."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client.exposition import choose_encoder
+
+from ..deps import ContextDep
+from ..errors import ApiError
+from .generation import RETRY_SECONDS
+
+router = APIRouter()
+
+
+@router.get("/v1/models", summary="List models")
+async def list_models(context: ContextDep) -> dict[str, Any]:
+    """The one model that is served here."""
+    return {"object": "list", "data": [context.info.listing()]}
+
+
+@router.get("/v1/models/{model_id:path}", summary="Describe a model")
+async def get_model(context: ContextDep, model_id: str) -> dict[str, Any]:
+    """How the model was made, and which backends run it."""
+    context.check_model(model_id)
+    return context.info.card()
+
+
+@router.get("/health/live", summary="Is the process alive?")
+async def live() -> dict[str, str]:
+    """200 as long as the process answers at all."""
+    return {"status": "ok"}
+
+
+@router.get("/health/ready", summary="May requests be sent here?")
+async def ready(context: ContextDep) -> JSONResponse:
+    """200 while requests are taken; 503 before the engine runs and once the server is shutting down."""
+    if context.engine.is_draining or not context.engine.is_running:
+        raise ApiError(503, "The server does not take requests now.", headers=RETRY_SECONDS)
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/metrics", summary="Prometheus metrics")
+def metrics(request: Request, context: ContextDep) -> Response:
+    """All metrics, in the format that the scraper asks for."""
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(context.metrics.registry), headers={"Content-Type": content_type})

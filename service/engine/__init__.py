@@ -1,0 +1,1 @@
+"""The engine: schedule, run, sample, collect; one thread, any number of clients."""

@@ -1,0 +1,59 @@
+"""How many tokens the key-value cache holds, and how long a sequence may therefore be."""
+
+from dataclasses import dataclass
+
+import torch
+
+from models.errors import QerveError
+from models.llama.config import LlamaConfig
+from models.llama.kv_cache import PagedKVCache
+
+from .block_manager import BLOCK_SIZE
+
+_GIB = 1 << 30
+MAX_DEFAULT_BYTES = {"cpu": 4 * _GIB, "cuda": 64 * _GIB}
+AVAILABLE_SHARE = {"cpu": 0.3, "cuda": 0.7}
+"""Of the memory that is free after loading: the rest is for activations, and on a CPU for everybody else."""
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """num_blocks: blocks to allocate; max_model_len: longest sequence, prompt and output together."""
+
+    num_blocks: int
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class CacheLimits:
+    """What the operator asked for; None: decide from the model and the memory that is available."""
+
+    max_num_seqs: int
+    max_model_len: int | None = None
+    memory_bytes: int | None = None
+
+
+def plan_cache(
+    config: LlamaConfig, dtype: torch.dtype, device_type: str, available_bytes: int, limits: CacheLimits
+) -> CachePlan:
+    """A cache that lets ``max_num_seqs`` sequences of full length run, as far as memory allows.
+
+    Raises:
+        QerveError: the length or the memory asked for cannot be had, with what to change.
+    """
+    context = config.max_position_embeddings
+    if limits.max_model_len is not None and limits.max_model_len > context:
+        raise QerveError(f"max_model_len {limits.max_model_len} is more than the model's context of {context} tokens")
+    wanted_len = limits.max_model_len or context
+    bytes_per_block = PagedKVCache.bytes_per_block(config, BLOCK_SIZE, dtype)
+    blocks_per_sequence = -(-wanted_len // BLOCK_SIZE)
+    budget = limits.memory_bytes
+    if budget is None:
+        budget = min(MAX_DEFAULT_BYTES[device_type], int(available_bytes * AVAILABLE_SHARE[device_type]))
+    num_blocks = min(budget // bytes_per_block, blocks_per_sequence * limits.max_num_seqs)
+    if num_blocks < blocks_per_sequence and (limits.max_model_len is not None or num_blocks < 1):
+        raise QerveError(
+            f"{budget} bytes of key-value cache hold {num_blocks * BLOCK_SIZE} tokens, one sequence of {wanted_len} "
+            f"needs {blocks_per_sequence * bytes_per_block} bytes: raise kv_cache_memory or lower max_model_len"
+        )
+    return CachePlan(num_blocks, min(wanted_len, num_blocks * BLOCK_SIZE))

@@ -1,0 +1,161 @@
+"""The engine's step: schedule, run, sample, collect. Synchronous, single-threaded, knows nothing of HTTP."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from .detokenizer import Decoder, Detokenizer, StopMatcher, TextStream
+from .request import FinishReason, Request
+from .runner import Runner
+from .sampler import sample
+from .scheduler import ScheduledRequest, Scheduler
+
+logger = logging.getLogger("qerve.engine")
+
+
+class EngineTokenizer(Decoder, Protocol):
+    """What the engine needs of a tokenizer."""
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a text."""
+        ...
+
+
+class EngineObserver:
+    """Is told what the engine does, in the engine's thread; this one does nothing with it."""
+
+    def step_ran(self, num_tokens: int) -> None:
+        """A forward pass over ``num_tokens`` tokens is done."""
+
+    def token_generated(self, request: Request, previous_seconds: float | None) -> None:
+        """``request`` got a token; the one before it came at ``previous_seconds`` (None: this is the first)."""
+
+    def request_finished(self, request: Request) -> None:
+        """``request`` has its ``finish_reason``."""
+
+    def logits_not_finite(self) -> None:
+        """A row of logits held NaN or infinity."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one step gave one request: ``text`` to append; with ``finish_reason`` it is the last one."""
+
+    request_id: str
+    text: str = ""
+    num_output_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+class Engine:
+    """Generates for all its requests at once, one token each per step."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        tokenizer: EngineTokenizer,
+        observer: EngineObserver,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.scheduler = scheduler
+        self.clock = clock
+        self._runner = runner
+        self._tokenizer = tokenizer
+        self._observer = observer
+        self._requests: dict[str, Request] = {}
+        self._texts: dict[str, TextStream] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Some request is not finished."""
+        return self.scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Queue ``request``."""
+        detokenizer = Detokenizer(self._tokenizer, request.prompt_token_ids)
+        self.scheduler.add(request)
+        self._requests[request.request_id] = request
+        self._texts[request.request_id] = TextStream(detokenizer, StopMatcher(request.params.stop))
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Drop requests and free what they hold; those that have finished already are left alone."""
+        for request_id in request_ids:
+            request = self._requests.get(request_id)
+            if request is not None:
+                self._finish(request, FinishReason.ABORT)
+
+    def fail_all(self, message: str) -> list[RequestOutput]:
+        """End every request with an error that says ``message``."""
+        return [self._fail(request, message) for request in list(self._requests.values())]
+
+    def step(self) -> list[RequestOutput]:
+        """One token for every running request; an exception fails the requests of this step and nothing else."""
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return []
+        try:
+            tokens = self._run(scheduled)
+        except Exception:
+            logger.exception("a step of %d requests failed", len(scheduled))
+            return [self._fail(item.request, "the model failed on this request") for item in scheduled]
+        return [self._collect(item, token) for item, token in zip(scheduled, tokens, strict=True)]
+
+    def _run(self, scheduled: Sequence[ScheduledRequest]) -> list[int | None]:
+        started = self.clock()
+        for item in scheduled:
+            item.request.scheduled_seconds = item.request.scheduled_seconds or started
+        logits = self._runner.run(scheduled)
+        tokens = sample(logits, [item.request for item in scheduled])
+        self._observer.step_ran(sum(item.num_tokens for item in scheduled))
+        return tokens
+
+    def _collect(self, item: ScheduledRequest, token: int | None) -> RequestOutput:
+        request = item.request
+        request.num_computed_tokens += item.num_tokens
+        if token is None:
+            self._observer.logits_not_finite()
+            return self._fail(request, "the model produced values that are not finite")
+        try:
+            return self._append(request, token)
+        except Exception:
+            logger.exception("token %d of request %s cannot be turned into text", token, request.request_id)
+            return self._fail(request, "the model's output cannot be turned into text")
+
+    def _append(self, request: Request, token: int) -> RequestOutput:
+        """Add ``token`` to the request and decide whether it was its last."""
+        request.output_token_ids.append(token)
+        previous, request.last_token_seconds = request.last_token_seconds, self.clock()
+        if previous is None:
+            request.first_token_seconds = request.last_token_seconds
+        self._observer.token_generated(request, previous)
+        stream = self._texts[request.request_id]
+        is_eos = token in self._tokenizer.eos_token_ids and not request.params.ignore_eos
+        text = "" if is_eos else stream.push(token)
+        reason = self._finish_reason(request, is_eos or stream.is_stopped)
+        if reason is not None:
+            text += stream.flush()
+            # The text that was still held may have completed a stop string.
+            reason = FinishReason.STOP if stream.is_stopped else reason
+            self._finish(request, reason)
+        return RequestOutput(request.request_id, text, request.num_output_tokens, reason)
+
+    def _finish_reason(self, request: Request, is_stopped: bool) -> FinishReason | None:
+        if is_stopped:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if request.num_output_tokens >= request.params.max_tokens else None
+
+    def _fail(self, request: Request, message: str) -> RequestOutput:
+        self._finish(request, FinishReason.ERROR)
+        return RequestOutput(request.request_id, "", request.num_output_tokens, FinishReason.ERROR, message)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        self.scheduler.finish(request, reason)
+        request.finished_seconds = self.clock()
+        del self._requests[request.request_id]
+        del self._texts[request.request_id]
+        self._observer.request_finished(request)

@@ -1,0 +1,113 @@
+"""One sequence to generate: its tokens, how to sample them, and how far it has come. No tensors here."""
+
+import random
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are greedy: dividing by them says nothing more and may overflow."""
+
+
+class FinishReason(StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen and when generation ends.
+
+    top_k:  keep the k most likely tokens; 0: all
+    top_p:  of those, keep the fewest that hold this share of the probability
+    min_p:  before both, drop tokens less likely than this fraction of the most likely one
+    seed:   the same seed gives the same text, whatever else is in the batch; None: never the same
+    stop:   text at which generation ends; it is not part of the output
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    @property
+    def is_greedy(self) -> bool:
+        """The most likely token is taken, nothing is drawn."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def has_filter(self) -> bool:
+        """Some tokens are excluded before drawing."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence from admission to its last token.
+
+    block_table:         cache blocks it holds, in the order of its tokens
+    num_computed_tokens: leading tokens whose keys and values are in the cache
+    *_seconds:           times on the engine's clock
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival_seconds: float = 0.0
+    output_token_ids: list[int] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    scheduled_seconds: float | None = None
+    first_token_seconds: float | None = None
+    last_token_seconds: float | None = None
+    finished_seconds: float | None = None
+    rng: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.params.seed)  # noqa: S311 draws tokens, not secrets
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far."""
+        return self.num_prompt_tokens + self.num_output_tokens
+
+    @property
+    def num_reserved_tokens(self) -> int:
+        """Tokens it can ever hold: what the cache must have room for before it starts."""
+        return self.num_prompt_tokens + self.params.max_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Known tokens that the next pass must compute."""
+        return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def uncomputed_token_ids(self) -> list[int]:
+        """Those tokens: the prompt at first, then the newest token."""
+        num_generated = self.num_computed_tokens - self.num_prompt_tokens
+        if num_generated >= 0:
+            return self.output_token_ids[num_generated:]
+        return self.prompt_token_ids[self.num_computed_tokens :] + self.output_token_ids
+
+    @property
+    def is_finished(self) -> bool:
+        """No more tokens will come."""
+        return self.finish_reason is not None

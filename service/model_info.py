@@ -1,0 +1,87 @@
+"""What the server tells about the model it serves, taken once from the artifact's manifest."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from models.artifact.format import FORMAT, Manifest
+from models.kernels.base import Selection
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A served model: its name, its manifest and the backends that run its layers."""
+
+    name: str
+    max_model_len: int
+    manifest: Manifest
+    selections: Mapping[str, Selection]
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def fingerprint(self) -> str:
+        """``system_fingerprint`` of every response: which artifact answered."""
+        return f"qerve-{self.manifest.manifest_sha256[:16]}"
+
+    @property
+    def backends(self) -> dict[str, int]:
+        """Backend name -> number of layers it runs."""
+        return dict(Counter(selection.backend.name for selection in self.selections.values()))
+
+    @property
+    def rank(self) -> int:
+        """Largest rank of a correction."""
+        return max((record.rank for record in self.manifest.linears.values()), default=0)
+
+    @property
+    def schemes(self) -> list[dict[str, Any]]:
+        """The distinct weight formats, the most used first."""
+        counts = Counter(record.scheme for record in self.manifest.linears.values())
+        return [
+            {"num_bits": s.num_bits, "group_size": s.group_size, "is_symmetric": s.is_symmetric}
+            for s, _ in counts.most_common()
+        ]
+
+    def listing(self) -> dict[str, Any]:
+        """The model as OpenAI clients list it."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "qerve",
+            "root": self.name,
+            "parent": None,
+            "max_model_len": self.max_model_len,
+        }
+
+    def card(self) -> dict[str, Any]:
+        """``listing`` with how the model was made and how it is run."""
+        manifest = self.manifest
+        return {
+            **self.listing(),
+            "artifact": {
+                "format": FORMAT,
+                "sha256": manifest.manifest_sha256,
+                "qerve_version": manifest.qerve_version,
+                "method": manifest.build.reconstruct.method,
+                "quantizer": manifest.build.quantizer,
+                "rank": self.rank,
+                "schemes": self.schemes,
+                "effective_bits": manifest.effective_bits,
+                "component_bytes": dict(manifest.component_bytes),
+                "dense_bytes": manifest.dense_bytes,
+                "evaluation": dict(manifest.evaluation),
+            },
+            "backends": self.backends,
+            "passed_over": self._passed_over(),
+        }
+
+    def _passed_over(self) -> list[dict[str, Any]]:
+        """Backends that were preferred but not chosen, with the reason and the number of layers it holds for."""
+        reasons = Counter(reason for selection in self.selections.values() for reason in selection.passed_over)
+        return [
+            {"backend": backend, "reason": reason, "num_layers": num_layers}
+            for (backend, reason), num_layers in reasons.most_common()
+        ]

@@ -1,0 +1,1 @@
+"""Fakes and builders used by more than one test file."""

@@ -1,0 +1,75 @@
+"""Just enough reading of Dockerfile, .dockerignore and PromQL to check them without their engines."""
+
+import json
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import PurePosixPath
+
+PROMQL_KEYWORDS = frozenset({"and", "or", "unless", "by", "without", "on", "ignoring", "bool", "offset", "group_left"})
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One Dockerfile instruction: ``COPY`` and its unparsed arguments, and the build stage it is in."""
+
+    name: str
+    arguments: str
+    stage: int
+
+    def exec_form(self) -> list[str] | None:
+        """The JSON list of an exec-form instruction, or None for the shell form."""
+        text = self.arguments[self.arguments.find("[") :]
+        try:
+            values = json.loads(text)
+        except ValueError:
+            return None
+        return values if isinstance(values, list) else None
+
+
+def dockerfile_instructions(text: str) -> list[Instruction]:
+    """Instructions in order, with comments dropped and continued lines joined."""
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
+    instructions: list[Instruction] = []
+    stage = -1
+    for line in filter(str.strip, joined.splitlines()):
+        name, _, arguments = line.strip().partition(" ")
+        stage += name.upper() == "FROM"
+        instructions.append(Instruction(name.upper(), arguments.strip(), stage))
+    return instructions
+
+
+def is_ignored(path: str, dockerignore: str) -> bool:
+    """Whether ``path`` stays out of the build context: the last pattern that matches it or a parent decides."""
+    parents = [*reversed([str(p) for p in PurePosixPath(path).parents if str(p) != "."]), path]
+    ignored = False
+    for line in dockerignore.splitlines():
+        pattern = line.strip()
+        if not pattern or pattern.startswith("#"):
+            continue
+        is_exception = pattern.startswith("!")
+        if any(_matches(parent, pattern.removeprefix("!").strip("/")) for parent in parents):
+            ignored = not is_exception
+    return ignored
+
+
+def _matches(path: str, pattern: str) -> bool:
+    if pattern.startswith("**/"):
+        return fnmatch(PurePosixPath(path).name, pattern[3:])
+    return path.count("/") == pattern.count("/") and fnmatch(path, pattern)
+
+
+def promql_metrics(expression: str) -> set[str]:
+    """Names of the series that ``expression`` selects."""
+    bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\"[^\"]*\"", " ", expression)
+    bare = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)", " ", bare)
+    names = re.findall(r"(?<![\w.$])([a-zA-Z_:][\w:]*)\b(?!\s*\()", bare)
+    return set(names) - PROMQL_KEYWORDS
+
+
+def promql_labels(expression: str) -> set[str]:
+    """Labels that ``expression`` matches on or groups by."""
+    matched = re.findall(r"[{,]\s*(\w+)\s*(?:=~|!~|!=|=)", expression)
+    grouped = re.findall(r"\b(?:by|without|on|ignoring)\s*\(([^)]*)\)", expression)
+    return {*matched, *(name.strip() for group in grouped for name in group.split(",") if name.strip())}

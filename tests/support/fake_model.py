@@ -1,0 +1,178 @@
+"""A language model of arithmetic and a tokenizer of bytes: all that the engine and the API need, and predictable.
+
+The next token depends on every token before it, and what came before is read back from the key-value cache: a wrong
+block table, slot or position changes the text.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from models.artifact.format import Manifest, self_hash
+from models.artifact.load import LoadedModel
+from models.config import BuildConfig
+from models.llama.batch import Batch
+from models.llama.config import LlamaConfig
+from models.llama.kv_cache import PagedKVCache
+
+EOS = 256
+BOS = 257
+VOCAB_SIZE = 258
+MODULUS = 9973
+CONTEXT = 256
+LETTERS = b"abcdefghijklmnopqrstuvwxyz ,."
+
+
+def fake_config(context: int = CONTEXT) -> LlamaConfig:
+    return LlamaConfig(
+        model_type="llama",
+        vocab_size=VOCAB_SIZE,
+        hidden_size=1,
+        intermediate_size=1,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=1,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+    )
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Tokens that make a forward pass fail, or its logits NaN; ``step_seconds`` slows every pass down."""
+
+    fails_on: int | None = None
+    nan_on: int | None = None
+    step_seconds: float = 0.0
+
+
+class FakeModel(nn.Module):
+    """Hidden state: a hash of all tokens so far. Logits: letters only, in an order that the hash decides."""
+
+    device = torch.device("cpu")
+    dtype = torch.float32
+
+    def __init__(self, context: int = CONTEXT, faults: Faults | None = None) -> None:
+        super().__init__()
+        self.config = fake_config(context)
+        self.faults = faults or Faults()
+        self.batch_sizes: list[int] = []
+
+    def forward(self, batch: Batch, kv_cache: PagedKVCache | None = None) -> Tensor:
+        time.sleep(self.faults.step_seconds)
+        self.batch_sizes.append(len(batch.spans))
+        if self.faults.fails_on in batch.token_ids.tolist():
+            raise RuntimeError("the fake model was told to fail")
+        if kv_cache is not None:
+            rows = batch.token_ids[:, None, None].float()
+            kv_cache.write(0, rows, rows, batch.slot_mapping)
+        hidden = []
+        for span in batch.spans:
+            tokens = batch.token_ids[span.start : span.start + span.num_tokens]
+            if kv_cache is not None and span.slots is not None:
+                tokens = kv_cache.read(0, span.slots)[0].flatten()
+            first = span.context_len - span.num_tokens
+            assert batch.positions[span.start].item() == first
+            hidden += [state_of(tokens[: first + row + 1].tolist()) for row in range(span.num_tokens)]
+        return torch.tensor(hidden, dtype=torch.float32)[:, None]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = torch.full((len(hidden), VOCAB_SIZE), -30.0)
+        letters = torch.tensor(list(LETTERS))
+        logits[:, letters] = torch.sin(hidden.double() * (letters + 1) * 0.37).float() * 3
+        logits[hidden[:, 0] < 0] = float("nan")
+        return logits
+
+    def next_token(self, token_ids: Sequence[int]) -> int:
+        """The greedy choice after ``token_ids``, without batch or cache."""
+        return int(self.logits(torch.tensor([[float(state_of(token_ids))]]))[0].argmax())
+
+    def continue_greedily(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        tokens = list(prompt)
+        for _ in range(num_tokens):
+            tokens.append(self.next_token(tokens))
+        return tokens[len(prompt) :]
+
+
+class BrokenModel(FakeModel):
+    """Its logits are NaN once the last token is ``faults.nan_on``."""
+
+    def forward(self, batch: Batch, kv_cache: PagedKVCache | None = None) -> Tensor:
+        hidden = super().forward(batch, kv_cache)
+        hidden[batch.token_ids == self.faults.nan_on] = -1.0
+        return hidden
+
+
+def state_of(token_ids: Sequence[int]) -> int:
+    """Hash of a whole sequence; order matters."""
+    state = 7
+    for token in token_ids:
+        state = (state * 31 + int(token) + 1) % MODULUS
+    return state
+
+
+class ByteTokenizer:
+    """One token per byte, plus an end and a beginning of text."""
+
+    vocab_size = VOCAB_SIZE
+    max_token_chars = 1
+    eos_token_ids = frozenset({EOS})
+
+    def __init__(self, has_chat_template: bool = True) -> None:
+        self.has_chat_template = has_chat_template
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return bytes(token for token in ids if token < EOS).decode("utf-8", errors="replace")
+
+    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if messages[-1]["role"] != "user":
+            raise ValueError("the chat template rejects these messages: the last one must be the user's")
+        return "".join(f"{item['role']}: {item['content']}\n" for item in messages) + "assistant:"
+
+
+@dataclass
+class FakeParts:
+    """What a loaded fake model is made of; a test changes what it is about."""
+
+    model: FakeModel = field(default_factory=FakeModel)
+    tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
+
+    def loaded(self) -> LoadedModel:
+        return LoadedModel(
+            model=cast(Any, self.model),
+            tokenizer=cast(Any, self.tokenizer),
+            manifest=fake_manifest(),
+            selections={},
+            weight_bytes={"packed": 1000, "scale": 100, "lora_up": 64, "lora_down": 32, "unquantized": 7},
+            resident_bytes={"reference": 1200},
+            load_seconds=0.5,
+        )
+
+
+def fake_manifest() -> Manifest:
+    values: dict[str, Any] = {
+        "format": "qerve-1",
+        "qerve_version": "0",
+        "build": BuildConfig(),
+        "checkpoint_fingerprint": "0" * 64,
+        "calibration_fingerprint": None,
+        "linears": {},
+        "tensors": {},
+        "files": {},
+        "component_bytes": {},
+        "effective_bits": 4.75,
+        "dense_bytes": 5000,
+        "evaluation": {"quantized_perplexity": 27.7},
+        "manifest_sha256": "0" * 64,
+    }
+    draft = Manifest(**values)
+    return draft.model_copy(update={"manifest_sha256": self_hash(draft.model_dump(mode="json"))})

@@ -1,0 +1,413 @@
+"""Building an artifact: interrupted and resumed, replaced, refused; what cannot be stored is never written."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models.artifact.format import LinearRecord
+from models.artifact.reader import ArtifactReader
+from models.artifact.writer import ArtifactWriter
+from models.errors import ArtifactError
+from models.types import Correction, LinearWeights
+from tests.support.artifact_builder import (
+    LinearKind,
+    TinyModel,
+    finish,
+    open_writer,
+    records_of,
+    tiny_model,
+    write_artifact,
+    write_layer,
+)
+
+NUM_LAYERS = 4
+PATH = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def model() -> TinyModel:
+    return tiny_model(num_hidden_layers=NUM_LAYERS)
+
+
+def interrupted(directory: Path, model: TinyModel, num_layers: int, fingerprint: str = "build") -> Path:
+    """A build that ended after ``num_layers`` layers; its partial directory."""
+    writer = open_writer(directory, model, fingerprint)
+    for layer_index in range(num_layers):
+        write_layer(writer, model, layer_index)
+    return directory.with_name(f"{directory.name}.partial")
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+@pytest.mark.parametrize("num_layers", range(NUM_LAYERS + 1))
+def test_a_build_goes_on_after_its_last_finished_layer_and_ends_with_the_same_bytes(
+    tmp_path: Path, model: TinyModel, num_layers: int
+) -> None:
+    write_artifact(tmp_path / "whole", model)
+    interrupted(tmp_path / "art", model, num_layers)
+    assert not (tmp_path / "art").exists()
+    writer = open_writer(tmp_path / "art", model)
+    assert writer.finished_layers() == num_layers
+    for layer_index in range(num_layers):
+        for path, weights in writer.read_layer(layer_index).items():
+            assert torch.equal(weights.quantized.codes, model.linears[path].quantized.codes)
+    for layer_index in range(num_layers, NUM_LAYERS):
+        write_layer(writer, model, layer_index)
+    finish(writer, model)
+    assert files_of(tmp_path / "art") == files_of(tmp_path / "whole")
+    assert not (tmp_path / "art.partial").exists()
+
+
+def test_a_build_that_only_lacked_its_end_can_be_finished_without_reading_layers(
+    tmp_path: Path, model: TinyModel
+) -> None:
+    interrupted(tmp_path / "art", model, NUM_LAYERS)
+    finish(open_writer(tmp_path / "art", model), model)
+    ArtifactReader.open(tmp_path / "art").close()
+
+
+def test_another_build_starts_anew(tmp_path: Path, model: TinyModel) -> None:
+    interrupted(tmp_path / "art", model, 2, fingerprint="rank 32")
+    assert open_writer(tmp_path / "art", model, "rank 64").finished_layers() == 0
+    assert open_writer(tmp_path / "art", model, "rank 32").finished_layers() == 0
+
+
+def test_another_version_of_the_tool_starts_anew(tmp_path: Path, model: TinyModel) -> None:
+    identity = interrupted(tmp_path / "art", model, 2) / "progress" / "build.json"
+    values = json.loads(identity.read_bytes())
+    identity.write_text(json.dumps({**values, "qerve_version": "0.0.0"}))
+    assert open_writer(tmp_path / "art", model).finished_layers() == 0
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+SHARD, PROGRESS = "artifact/model-00002-of-00005.safetensors", "progress/layer-00001.json"
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a flipped bit": lambda partial: flip(partial / SHARD),
+    "a truncated shard": lambda partial: os.truncate(partial / SHARD, 100),
+    "a missing shard": lambda partial: (partial / SHARD).unlink(),
+    "a missing record": lambda partial: (partial / PROGRESS).unlink(),
+    "a truncated record": lambda partial: os.truncate(partial / PROGRESS, 100),
+    "an empty record": lambda partial: os.truncate(partial / PROGRESS, 0),
+    "a record that is no record": lambda partial: (partial / PROGRESS).write_text('{"file": 1}'),
+    "another layer's record": lambda partial: shutil.copy(partial / "progress/layer-00000.json", partial / PROGRESS),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_finished_layer_that_was_damaged_is_built_again(tmp_path: Path, model: TinyModel, damage: str) -> None:
+    write_artifact(tmp_path / "whole", model)
+    DAMAGE[damage](interrupted(tmp_path / "art", model, 3))
+    writer = open_writer(tmp_path / "art", model)
+    assert writer.finished_layers() == 1
+    with pytest.raises(ArtifactError, match="decoder layer 1 is not finished"):
+        writer.read_layer(1)
+    for layer_index in range(1, NUM_LAYERS):
+        write_layer(writer, model, layer_index)
+    finish(writer, model)
+    assert files_of(tmp_path / "art") == files_of(tmp_path / "whole")
+
+
+def test_what_an_interrupted_write_left_does_not_end_up_in_the_artifact(tmp_path: Path, model: TinyModel) -> None:
+    partial = interrupted(tmp_path / "art", model, NUM_LAYERS)
+    (partial / "artifact" / ".model-00005-of-00005.safetensors.tmp").write_bytes(b"half")
+    finish(open_writer(tmp_path / "art", model), model)
+    assert not list((tmp_path / "art").glob(".*"))
+
+
+def test_a_full_disk_leaves_a_build_that_can_be_resumed(
+    tmp_path: Path, model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(tmp_path / "art", model, 2)
+    writer = open_writer(tmp_path / "art", model)
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        with pytest.raises(ArtifactError, match=r"decoder layer 2: .*No space left.*start the same build again"):
+            write_layer(writer, model, 2)
+    assert not list((tmp_path / "art.partial" / "artifact").glob(".*"))
+    again = open_writer(tmp_path / "art", model)
+    assert again.finished_layers() == 2
+    for layer_index in range(2, NUM_LAYERS):
+        write_layer(again, model, layer_index)
+    finish(again, model)
+    ArtifactReader.open(tmp_path / "art").close()
+
+
+def test_an_existing_artifact_is_refused_before_any_work(tmp_path: Path, model: TinyModel) -> None:
+    write_artifact(tmp_path / "art", model)
+    with pytest.raises(ArtifactError, match="exists already"):
+        open_writer(tmp_path / "art", model)
+    assert not (tmp_path / "art.partial").exists()
+
+
+def test_an_artifact_that_appeared_meanwhile_is_not_replaced(tmp_path: Path, model: TinyModel) -> None:
+    writer = open_writer(tmp_path / "art", model)
+    for layer_index in range(NUM_LAYERS):
+        write_layer(writer, model, layer_index)
+    (tmp_path / "art").mkdir()
+    (tmp_path / "art" / "precious").write_text("mine")
+    with pytest.raises(ArtifactError, match="exists already"):
+        finish(writer, model)
+    assert files_of(tmp_path / "art") == {"precious": b"mine"}
+
+
+def test_overwriting_keeps_the_old_artifact_whole_until_the_new_one_is_finished(
+    tmp_path: Path, model: TinyModel
+) -> None:
+    write_artifact(tmp_path / "art", tiny_model(seed=1))
+    before = files_of(tmp_path / "art")
+    writer = open_writer(tmp_path / "art", model, overwrite=True)
+    for layer_index in range(NUM_LAYERS):
+        write_layer(writer, model, layer_index)
+        assert files_of(tmp_path / "art") == before
+    finish(writer, model)
+    with ArtifactReader.open(tmp_path / "art") as reader:
+        assert reader.config.num_hidden_layers == NUM_LAYERS
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["art"]
+
+
+def test_an_open_artifact_stays_readable_while_it_is_replaced(tmp_path: Path, model: TinyModel) -> None:
+    old = tiny_model(seed=1)
+    write_artifact(tmp_path / "art", old)
+    with ArtifactReader.open(tmp_path / "art") as reader:
+        writer = open_writer(tmp_path / "art", model, overwrite=True)
+        for layer_index in range(NUM_LAYERS):
+            write_layer(writer, model, layer_index)
+        finish(writer, model)
+        assert torch.equal(reader.linear(PATH).quantized.codes, old.linears[PATH].quantized.codes)
+
+
+def test_only_an_artifact_is_ever_overwritten(tmp_path: Path, model: TinyModel) -> None:
+    (tmp_path / "art").mkdir()
+    (tmp_path / "art" / "precious").write_text("mine")
+    with pytest.raises(ArtifactError, match="not an artifact"):
+        open_writer(tmp_path / "art", model, overwrite=True)
+    (tmp_path / "other.partial").mkdir()
+    (tmp_path / "other.partial" / "precious").write_text("mine")
+    with pytest.raises(ArtifactError, match="in the way"):
+        open_writer(tmp_path / "other", model)
+    assert files_of(tmp_path / "art") == files_of(tmp_path / "other.partial") == {"precious": b"mine"}
+
+
+def test_an_empty_directory_is_no_obstacle(tmp_path: Path, model: TinyModel) -> None:
+    (tmp_path / "art").mkdir()
+    write_artifact(tmp_path / "art", model)
+    ArtifactReader.open(tmp_path / "art").close()
+
+
+def test_folders_above_the_artifact_are_made(tmp_path: Path, model: TinyModel) -> None:
+    write_artifact(tmp_path / "artifacts" / "new" / "art", model)
+    ArtifactReader.open(tmp_path / "artifacts" / "new" / "art").close()
+
+
+def test_a_replacement_cut_off_between_its_two_renames_gives_the_old_artifact_back(
+    tmp_path: Path, model: TinyModel
+) -> None:
+    write_artifact(tmp_path / "art", model)
+    before = files_of(tmp_path / "art")
+    partial = interrupted(tmp_path / "next", model, 1).rename(tmp_path / "art.partial")
+    (tmp_path / "art").rename(partial / "replaced")
+    writer = open_writer(tmp_path / "art", model, overwrite=True)
+    assert files_of(tmp_path / "art") == before
+    assert writer.finished_layers() == 1
+
+
+def test_a_half_built_artifact_is_called_unfinished_not_damaged(tmp_path: Path, model: TinyModel) -> None:
+    partial = interrupted(tmp_path / "art", model, 2)
+    for directory in (partial, partial / "artifact"):
+        with pytest.raises(ArtifactError, match="the build is not finished"):
+            ArtifactReader.open(directory)
+
+
+def test_what_is_missing_at_the_end_is_named(tmp_path: Path, model: TinyModel) -> None:
+    writer = open_writer(tmp_path / "art", model)
+    for layer_index in (0, 1, 3):
+        write_layer(writer, model, layer_index)
+    with pytest.raises(ArtifactError, match="decoder layer 2 is not written"):
+        finish(writer, model)
+    with pytest.raises(ArtifactError, match="cannot be finished"):
+        finish(open_writer(tmp_path / "other", model), model)
+    assert not (tmp_path / "art").exists()
+
+
+def spoiled(weights: LinearWeights, **changes: Any) -> LinearWeights:
+    """``weights`` with parts of its quantized weight replaced."""
+    return replace(weights, quantized=replace(weights.quantized, **changes))
+
+
+def with_value(tensor: torch.Tensor, value: float) -> torch.Tensor:
+    return tensor.clone().index_put_(
+        tuple(torch.tensor(0) for _ in tensor.shape), torch.tensor(value, dtype=tensor.dtype)
+    )
+
+
+UNSTORABLE: dict[str, tuple[Callable[[LinearWeights], LinearWeights], str]] = {
+    "a code beyond its bits": (lambda w: spoiled(w, codes=with_value(w.quantized.codes, 16)), "weight_packed"),
+    "codes of another type": (lambda w: spoiled(w, codes=w.quantized.codes.int()), "weight_packed"),
+    "a scale of zero": (lambda w: spoiled(w, scale=with_value(w.quantized.scale, 0)), "weight_scale"),
+    "an infinite scale": (lambda w: spoiled(w, scale=with_value(w.quantized.scale, float("inf"))), "weight_scale"),
+    "a scale in float32": (lambda w: spoiled(w, scale=w.quantized.scale.float()), "weight_scale"),
+    "a scale in float64": (lambda w: spoiled(w, scale=w.quantized.scale.double()), "weight_scale"),
+    "a scale too few": (lambda w: spoiled(w, scale=w.quantized.scale[:-1]), "weight_scale"),
+    "no zero point": (lambda w: spoiled(w, zero_point=None), "weight_zero_point"),
+    "an input scale of zero": (lambda w: replace(w, input_scale=torch.zeros(32)), "input_scale"),
+    "an order with a channel twice": (
+        lambda w: replace(w, channel_order=torch.zeros(32, dtype=torch.int32)),
+        "channel_order",
+    ),
+    "an order in int64": (lambda w: replace(w, channel_order=torch.arange(32)), "channel_order"),
+    "a bias that is not finite": (lambda w: replace(w, bias=torch.full((32,), float("nan"))), "bias"),
+    "a bias of another length": (lambda w: replace(w, bias=torch.zeros(31)), "bias"),
+    "a factor that is not finite": (
+        lambda w: replace(w, correction=Correction(torch.full((32, 4), float("inf")), torch.zeros(4, 32))),
+        "lora_up",
+    ),
+    "factors of two ranks": (
+        lambda w: replace(w, correction=Correction(torch.zeros(32, 4), torch.zeros(3, 32))),
+        "lora_down",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNSTORABLE)
+def test_what_the_format_cannot_hold_names_the_tensor_and_leaves_no_layer(
+    tmp_path: Path, model: TinyModel, kind: str
+) -> None:
+    spoil, tensor = UNSTORABLE[kind]
+    linears = model.layer_linears(0) | {PATH: spoil(model.linears[PATH])}
+    writer = open_writer(tmp_path / "art", model)
+    with pytest.raises(ArtifactError, match=f"decoder layer 0: tensor {PATH}.{tensor}: "):
+        writer.write_layer(0, linears, model.layer_tensors(0), records_of(linears))
+    assert writer.finished_layers() == 0
+
+
+def test_a_layer_that_lacks_something_is_refused(tmp_path: Path, model: TinyModel) -> None:
+    writer = open_writer(tmp_path / "art", model)
+    linears, tensors = model.layer_linears(0), model.layer_tensors(0)
+    records = records_of(linears)
+    norm = "model.layers.0.input_layernorm.weight"
+
+    def without(values: dict[str, Any], name: str) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if key != name}
+
+    for arguments, named in (
+        ((without(linears, PATH), tensors, records), f"{PATH}.lora_down"),
+        ((linears, without(tensors, norm), records), norm),
+        ((linears, tensors, without(records, PATH)), PATH),
+        ((linears, {**tensors, "model.norm.weight": torch.ones(32)}, records), "model.norm.weight"),
+        ((linears, {**tensors, norm: torch.full((32,), float("nan"))}, records), norm),
+        ((linears, tensors, {**records, PATH: records["model.layers.0.self_attn.k_proj"]}), PATH),
+    ):
+        with pytest.raises(ArtifactError, match=named):
+            writer.write_layer(0, *arguments)
+    with pytest.raises(ArtifactError, match=r"model\.norm\.weight"):
+        writer.write_rest(without(model.rest(), "model.norm.weight"))
+
+
+def test_a_network_with_biases_needs_them_stored(tmp_path: Path) -> None:
+    model = tiny_model(attention_bias=True)
+    linears = model.layer_linears(0) | {PATH: replace(model.linears[PATH], bias=None)}
+    with pytest.raises(ArtifactError, match=f"{PATH}.*bias"):
+        open_writer(tmp_path / "art", model).write_layer(0, linears, model.layer_tensors(0), records_of(linears))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"tokenizer_files": {"tokenizer.bin": b""}}, "tokenizer.bin"),
+        ({"tokenizer_files": {"config.json": b""}}, "config.json"),
+        ({"tokenizer_files": {"x.safetensors": b""}}, "x.safetensors"),
+        ({"tokenizer_files": {"../tokenizer.json": b""}}, "../tokenizer.json"),
+        ({"tokenizer_files": {"": b""}}, "tokenizer file ''"),
+        ({"hf_config": {"architectures": float("nan")}}, "config.json"),
+        ({"generation_config": {"x": object()}}, "generation_config.json"),
+        ({"evaluation": {"quantized_perplexity": float("inf")}}, "quantized_perplexity is inf"),
+    ],
+)
+def test_what_cannot_be_part_of_an_artifact_is_named_and_nothing_is_published(
+    tmp_path: Path, model: TinyModel, changes: dict[str, Any], named: str
+) -> None:
+    interrupted(tmp_path / "art", model, NUM_LAYERS)
+    with pytest.raises(ArtifactError) as caught:
+        finish(open_writer(tmp_path / "art", model), model, **changes)
+    assert named in str(caught.value)
+    assert not (tmp_path / "art").exists()
+    assert not (tmp_path / "art.partial" / "tokenizer.json").exists()
+    finish(open_writer(tmp_path / "art", model), model)
+
+
+def test_a_configuration_of_another_network_is_found_before_the_artifact_gets_its_name(
+    tmp_path: Path, model: TinyModel
+) -> None:
+    interrupted(tmp_path / "art", model, NUM_LAYERS)
+    with pytest.raises(ArtifactError, match=r"config\.json"):
+        finish(open_writer(tmp_path / "art", model), model, hf_config={**model.hf_config, "num_hidden_layers": 3})
+    assert not (tmp_path / "art").exists()
+
+
+def test_tensors_of_any_layout_are_stored_by_value(tmp_path: Path) -> None:
+    model = tiny_model()
+    weights = model.linears[PATH]
+    assert weights.correction is not None
+    strided = replace(
+        weights,
+        quantized=replace(weights.quantized, codes=weights.quantized.codes.T.contiguous().T),
+        correction=Correction(weights.correction.lora_up.T.contiguous().T, weights.correction.lora_down),
+    )
+    write_artifact(tmp_path / "plain", model)
+    write_artifact(tmp_path / "strided", TinyModel(model.hf_config, model.linears | {PATH: strided}, model.tensors))
+    assert files_of(tmp_path / "plain") == files_of(tmp_path / "strided")
+
+
+def test_a_correction_of_rank_zero_is_stored_as_none(tmp_path: Path) -> None:
+    model = tiny_model(LinearKind(form="none"))
+    weights = model.linears[PATH]
+    empty = replace(weights, correction=Correction(torch.zeros(32, 0), torch.zeros(0, 32)))
+    write_artifact(tmp_path / "art", TinyModel(model.hf_config, model.linears | {PATH: empty}, model.tensors))
+    with ArtifactReader.open(tmp_path / "art") as reader:
+        assert reader.linear(PATH).correction is None
+        assert reader.manifest.linears[PATH].effective_bits == weights.effective_bits
+
+
+def test_a_record_refuses_what_it_cannot_say(model: TinyModel) -> None:
+    weights = model.linears[PATH]
+    with pytest.raises(ArtifactError, match="relative_output_error"):
+        LinearRecord.of(weights, 0.1, float("nan"))
+    with pytest.raises(ArtifactError, match="relative_weight_error"):
+        LinearRecord.of(weights, -0.1)
+    mixed = replace(weights, correction=Correction(torch.zeros(32, 4), torch.zeros(4, 32).half()))
+    with pytest.raises(ArtifactError, match=r"float16.*float32"):
+        LinearRecord.of(mixed, 0.1)
+    with pytest.raises(ArtifactError, match="float64"):
+        LinearRecord.of(replace(weights, correction=Correction(torch.zeros(32, 4).double(), None)), 0.1)
+
+
+def test_a_writer_for_a_relative_path_survives_a_change_of_directory(
+    tmp_path: Path, model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    writer = ArtifactWriter(Path("art"), model.config, "build")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for layer_index in range(NUM_LAYERS):
+        write_layer(writer, model, layer_index)
+    finish(writer, model)
+    ArtifactReader.open(tmp_path / "art").close()

@@ -1,0 +1,209 @@
+"""The engine's step over the fake model, whose every token depends on all tokens before it as the cache holds them."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.llama.kv_cache import PagedKVCache
+from service.engine.block_manager import BlockManager
+from service.engine.engine import Engine, EngineObserver
+from service.engine.request import FinishReason, Request, SamplingParams
+from service.engine.runner import Runner
+from service.engine.scheduler import Scheduler
+from tests.support.fake_model import BrokenModel, ByteTokenizer, FakeModel, Faults
+
+TOKENIZER = ByteTokenizer()
+
+
+class Recorder(EngineObserver):
+    """Remembers what it is told."""
+
+    def __init__(self):
+        self.steps, self.gaps, self.finished, self.num_nonfinite = [], [], [], 0
+
+    def step_ran(self, num_tokens):
+        self.steps.append(num_tokens)
+
+    def token_generated(self, request, previous_seconds):
+        self.gaps.append((request.request_id, previous_seconds))
+
+    def request_finished(self, request):
+        self.finished.append((request.request_id, request.finish_reason))
+
+    def logits_not_finite(self):
+        self.num_nonfinite += 1
+
+
+def make_engine(model=None, num_blocks=64, max_num_seqs=4, observer=None, max_num_batched_tokens=512):
+    model = model or FakeModel()
+    runner = Runner(model, PagedKVCache(model.config, num_blocks))
+    scheduler = Scheduler(BlockManager(num_blocks), max_num_seqs, max_num_batched_tokens)
+    return Engine(runner, scheduler, TOKENIZER, observer or Recorder())
+
+
+def make_request(name, prompt="hello", **params):
+    values = {"max_tokens": 20, "temperature": 0.0, **params}
+    return Request(name, TOKENIZER.encode(prompt), SamplingParams(**values))
+
+
+def run(engine, requests):
+    """Text and reason of every request, once all are finished."""
+    for request in requests:
+        engine.add(request)
+    texts = dict.fromkeys([request.request_id for request in requests], "")
+    reasons = {}
+    while engine.has_work:
+        for output in engine.step():
+            texts[output.request_id] += output.text
+            reasons.setdefault(output.request_id, output.finish_reason) if output.finish_reason else None
+    return texts, reasons
+
+
+def greedy_text(prompt, num_tokens=20):
+    return TOKENIZER.decode(FakeModel().continue_greedily(TOKENIZER.encode(prompt), num_tokens))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.tuples(st.text("abc ", min_size=1, max_size=40), st.integers(1, 30)), min_size=1, max_size=8),
+    st.integers(1, 4),
+    st.integers(5, 60),
+)
+def test_whatever_shares_the_batch_each_request_gets_the_text_it_gets_alone(calls, max_num_seqs, budget):
+    engine = make_engine(num_blocks=12, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
+    requests = [make_request(str(i), prompt, max_tokens=length) for i, (prompt, length) in enumerate(calls)]
+    texts, reasons = run(engine, requests)
+    for index, (prompt, length) in enumerate(calls):
+        assert texts[str(index)] == greedy_text(prompt, length)
+        assert reasons[str(index)] is FinishReason.LENGTH
+    assert engine.scheduler.blocks.num_used_blocks == 0
+
+
+def test_requests_are_batched_prefill_and_decode_together():
+    model = FakeModel()
+    engine = make_engine(model)
+    engine.add(make_request("a"))
+    engine.step()
+    engine.add(make_request("b"))
+    engine.add(make_request("c"))
+    outputs = engine.step()
+    assert [output.request_id for output in outputs] == ["a", "b", "c"]
+    assert model.batch_sizes == [1, 3]
+
+
+def test_sampled_requests_with_a_seed_repeat_in_any_company():
+    prompt, params = "once", {"temperature": 1.3, "seed": 5, "top_p": 0.95}
+    alone, _ = run(make_engine(), [make_request("x", prompt, **params)])
+    company = [make_request("y", "upon", temperature=1.0), make_request("x", prompt, **params), make_request("z", "a")]
+    together, _ = run(make_engine(), company)
+    other, _ = run(make_engine(), [make_request("x", prompt, **{**params, "seed": 6})])
+    assert together["x"] == alone["x"] != other["x"]
+
+
+def test_a_stop_string_ends_the_request_and_is_not_part_of_the_text():
+    whole = greedy_text("hello")
+    stop = whole[7:10]
+    texts, reasons = run(make_engine(), [make_request("a", stop=(stop,))])
+    assert texts["a"] == whole[: whole.index(stop)]
+    assert reasons["a"] is FinishReason.STOP
+
+
+def test_a_stop_string_completed_by_the_last_allowed_token_counts_as_a_stop():
+    whole = greedy_text("hello")
+    _, reasons = run(make_engine(), [make_request("a", stop=(whole[-3:],))])
+    assert reasons["a"] is FinishReason.STOP
+
+
+def test_text_held_for_a_stop_string_that_never_came_is_shown_at_the_end():
+    whole = greedy_text("hello")
+    texts, reasons = run(make_engine(), [make_request("a", stop=(whole[-2:] + "never",))])
+    assert texts["a"] == whole
+    assert reasons["a"] is FinishReason.LENGTH
+
+
+def eos_engine():
+    """The letter that comes first after "hello" ends the text."""
+    tokenizer = ByteTokenizer()
+    tokenizer.eos_token_ids = frozenset({FakeModel().next_token(TOKENIZER.encode("hello"))})
+    engine = make_engine()
+    engine._tokenizer = tokenizer
+    return engine
+
+
+def test_the_end_of_text_token_stops_and_shows_nothing():
+    engine = eos_engine()
+    engine.add(make_request("a"))
+    (output,) = engine.step()
+    assert (output.text, output.finish_reason, output.num_output_tokens) == ("", FinishReason.STOP, 1)
+
+
+def test_ignore_eos_goes_on_past_it():
+    texts, reasons = run(eos_engine(), [make_request("a", ignore_eos=True)])
+    assert texts["a"] == greedy_text("hello")
+    assert reasons["a"] is FinishReason.LENGTH
+
+
+def test_a_failing_step_fails_its_requests_only_and_the_engine_goes_on(caplog):
+    engine = make_engine(FakeModel(faults=Faults(fails_on=ord("#"))), max_num_seqs=2)
+    texts, reasons = run(engine, [make_request("a"), make_request("bad", "#"), make_request("later")])
+    assert reasons == {"a": FinishReason.ERROR, "bad": FinishReason.ERROR, "later": FinishReason.LENGTH}
+    assert texts["later"] == greedy_text("hello")
+    assert engine.scheduler.blocks.num_used_blocks == 0
+    assert len(caplog.records) == 1
+
+
+def test_logits_that_are_not_finite_fail_one_request_and_are_counted():
+    observer = Recorder()
+    engine = make_engine(BrokenModel(faults=Faults(nan_on=ord("#"))), observer=observer)
+    texts, reasons = run(engine, [make_request("good"), make_request("bad", "a#")])
+    assert reasons == {"good": FinishReason.LENGTH, "bad": FinishReason.ERROR}
+    assert texts["good"] == greedy_text("hello")
+    assert observer.num_nonfinite == 1
+
+
+def test_a_tokenizer_that_fails_on_a_token_fails_that_request_only(caplog):
+    class Picky(ByteTokenizer):
+        def decode(self, ids, skip_special_tokens=True):
+            if ids and ids[0] == ord("#") and len(ids) > 2:
+                raise RuntimeError("cannot decode")
+            return super().decode(ids, skip_special_tokens)
+
+    engine = make_engine()
+    engine._tokenizer = Picky()
+    texts, reasons = run(engine, [make_request("good"), make_request("bad", "#x")])
+    assert reasons == {"good": FinishReason.LENGTH, "bad": FinishReason.ERROR}
+    assert texts["good"] == greedy_text("hello")
+    assert "cannot be turned into text" in caplog.text
+
+
+def test_aborting_frees_the_blocks_in_the_queue_and_while_running():
+    observer = Recorder()
+    engine = make_engine(max_num_seqs=1, observer=observer)
+    engine.add(make_request("running"))
+    engine.add(make_request("waiting"))
+    engine.step()
+    assert engine.scheduler.blocks.num_used_blocks > 0
+    engine.abort(["waiting", "running", "unknown"])
+    assert not engine.has_work
+    assert engine.scheduler.blocks.num_used_blocks == 0
+    assert observer.finished == [("waiting", FinishReason.ABORT), ("running", FinishReason.ABORT)]
+
+
+def test_the_observer_sees_steps_tokens_and_times():
+    observer = Recorder()
+    engine = make_engine(observer=observer)
+    request = make_request("a", "hello", max_tokens=3)
+    run(engine, [request])
+    assert observer.steps == [5, 1, 1]
+    first, second, third = (previous for _, previous in observer.gaps)
+    assert first is None
+    assert request.first_token_seconds == second <= third <= request.last_token_seconds <= request.finished_seconds
+
+
+def test_a_step_without_requests_does_nothing():
+    assert make_engine().step() == []
+
+
+def test_a_request_larger_than_the_cache_is_refused_when_added():
+    with pytest.raises(ValueError, match="the cache holds 32"):
+        make_engine(num_blocks=2).add(make_request("a", "x" * 20))
