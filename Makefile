@@ -18,7 +18,7 @@ INSTALL := $(BIN)/python -m pip --quiet --disable-pip-version-check install \
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help venv demo model test test-all quality clean
+.PHONY: help venv demo model test test-all quality tree clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,9 @@ quality: $(VENV)/.installed-dev ## lint, formatting and types, as CI checks them
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+tree: $(VENV)/.created ## bring the README's file tree up to date
+	@$(BIN)/python -m tools.readme_tree
 
 clean: ## remove the environment and caches; artifacts/ and the fetched model stay
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

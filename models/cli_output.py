@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .evaluate.perplexity import PerplexityResult
 
 MIB = 2**20
+WIDE = 120
+"""Columns of a table that goes to a file or a pipe."""
 
 
 def _progress() -> Progress:
@@ -141,6 +143,9 @@ def print_inspection(inspection: "Inspection", *, layers: bool, as_json: bool) -
     _print_rows(str(inspection.path), inspection.summary_rows())
     if layers:
         table = Table("layer", "bits", "group", "rank", "effective bits", "weight error", "output error", "backend")
+        for column in (table.columns[0], table.columns[-1]):
+            column.no_wrap = True
         for row in inspection.layer_rows():
             table.add_row(*row)
-        Console().print(table)
+        console = Console()
+        console.print(table, width=None if console.is_terminal else WIDE, crop=False)

@@ -131,10 +131,15 @@ class BuildConfig:
             SchemeError: an unknown key, a wrong type or a value out of range, with its place in ``where``.
         """
         try:
-            return TypeAdapter(cls).validate_python(values)
+            # As JSON, because strict validation takes a dict for a dataclass only there.
+            return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+        except SchemeError as error:
+            raise SchemeError(f"{where}: {error}") from error
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'top level'}: {e['msg']}" for e in error.errors())
             raise SchemeError(f"{where}: {problems}") from error
+        except (TypeError, ValueError) as error:
+            raise SchemeError(f"{where}: holds a value that is not plain data: {error}") from error
 
     @classmethod
     def read(cls, path: Path) -> Self:

@@ -48,11 +48,8 @@ def serve(  # noqa: PLR0917 typer makes an option of each
 
 
 def _serve(options: dict[str, Any]) -> None:
-    # Everything heavy is imported here: --help and the offline verbs do not need it.
-    from models.artifact.load import load_artifact
-
-    from .app import create_app
-    from .server import DrainingServer, bind, url_of
+    # Imports go from light to heavy, so that a mistake is answered at once and --help needs none of them.
+    from .listener import bind, url_of
     from .settings import read_settings
 
     settings = read_settings(options)
@@ -61,10 +58,13 @@ def _serve(options: dict[str, Any]) -> None:
         raise QerveError("which artifact? Give its directory: qerve serve artifacts/NAME (or set QERVE_ARTIFACT)")
     if not settings.artifact.is_dir():
         raise QerveError(f"{settings.artifact}: there is no such directory; make an artifact with `qerve build`")
-    listener = bind(settings.host, settings.port)
-    with listener:
+    with bind(settings.host, settings.port) as listener:
+        from models.artifact.load import load_artifact
+
+        from .app import create_app
+        from .server import DrainingServer
+
         loaded = load_artifact(settings.artifact, settings.torch_device, settings.torch_dtype, settings.backend)
         app = create_app(loaded, settings)
-        server = DrainingServer(app, settings.log_level)
-        typer.echo(f"Serving {app.state.context.info.name} on {url_of(listener)} (Ctrl-C stops it)")
-        server.run(sockets=[listener])
+        message = f"Serving {app.state.context.info.name} on {url_of(listener)} (Ctrl-C stops it)"
+        DrainingServer(app, settings.log_level, lambda: typer.echo(message)).run(sockets=[listener])

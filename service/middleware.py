@@ -10,7 +10,7 @@ import uuid
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import ApiError, internal_error
+from .errors import ApiError, internal_error, quote
 from .metrics import Metrics
 
 logger = logging.getLogger("qerve.http")
@@ -93,7 +93,7 @@ class ErrorBoundaryMiddleware:
             await self._app(scope, receive, send_and_note)
         except Exception:
             request_id = scope["state"]["request_id"]
-            logger.exception("request %s: %s %s failed", request_id, scope["method"], scope["path"])
+            logger.exception("request %s: %s %s failed", request_id, scope["method"], quote(scope["path"]))
             if is_started:  # too late for an answer; the server closes the connection, which the client notices
                 return
             message = f"The server failed on this request. Its log has the details under request id {request_id}."

@@ -138,7 +138,8 @@ def _return_freed_memory() -> None:
 
 def _tokenizer(reader: ArtifactReader) -> Tokenizer:
     try:
-        return Tokenizer.from_files(reader.tokenizer_files)
+        # End tokens may be listed there only; as in transformers, config.json counts where there is nothing better.
+        return Tokenizer.from_files(reader.tokenizer_files, reader.generation_config or reader.hf_config)
     except CheckpointError as error:
         raise ArtifactError(
             f"{reader.path}: {error}; rebuild the artifact from a checkpoint with a tokenizer"

@@ -38,6 +38,7 @@ from .layout import StoredTensor, TensorError, check_names, check_tensors
 from .shard import Shard
 
 MAX_HASH_THREADS = 4
+UNFINISHED = "the build is not finished: start the same build again"
 
 
 @contextmanager
@@ -58,14 +59,17 @@ def scan(root: Path) -> dict[str, int]:
         ArtifactError: not a directory, a file that holds pickled data, or a link that leads outside.
     """
     if not root.is_dir():
+        if (root.parent / f"{root.name}.partial").is_dir():
+            raise ArtifactError(f"{root}: {UNFINISHED}")
         problem = "is a file" if root.exists() else "does not exist"
         raise ArtifactError(f"{root}: {problem}; give the directory of an artifact that `qerve build` wrote")
-    real_root, sizes = root.resolve(), {}
+    sizes = {}
     with blaming(root):
+        real_root = os.path.realpath(root)  # unlike Path.resolve, it does not raise on a link that leads to itself
         for entry in sorted(root.iterdir()):
             if entry.suffix.lower() in PICKLE_SUFFIXES:
                 raise ArtifactError(f"{entry}: pickled data can run code and has no place in an artifact; remove it")
-            if entry.is_symlink() and not entry.resolve().is_relative_to(real_root):
+            if entry.is_symlink() and not Path(os.path.realpath(entry)).is_relative_to(real_root):
                 raise ArtifactError(f"{entry}: links to outside the artifact; copy the files themselves (cp -rL)")
             if entry.exists() and stat.S_ISREG(entry.stat().st_mode):
                 sizes[entry.name] = entry.stat().st_size
@@ -80,17 +84,15 @@ def read_manifest(root: Path, sizes: Mapping[str, int]) -> Manifest:
     """
     file = root / MANIFEST_FILE
     if MANIFEST_FILE not in sizes:
-        hint = (
-            "the build is not finished: run it again"
-            if root.name == "artifact" or (root / "progress").is_dir()
-            else ("not an artifact: make one with `qerve build`")
-        )
+        is_partial = (root / "progress").is_dir() or (root.parent / "progress").is_dir()
+        hint = UNFINISHED if is_partial else "not an artifact: make one with `qerve build`"
         raise ArtifactError(f"{file}: is missing; {hint}")
     data = _read_bounded(file, sizes[MANIFEST_FILE])
     values = parse_json_object(data, file)
     if values.get("format") != FORMAT:
+        found = repr(values.get("format"))[:80]
         raise ArtifactError(
-            f"{file}: format {values.get('format')!r}, but this version of qerve reads {FORMAT!r}; "
+            f"{file}: format {found}, but this version of qerve reads {FORMAT!r}; "
             "rebuild the artifact, or use the version of qerve that wrote it"
         )
     _check_self_hash(values, data, file)

@@ -17,6 +17,8 @@ from torch import Tensor
 from ..config import CalibrationConfig
 from ..errors import CalibrationError
 
+CHARACTERS_PER_TOKEN = 6
+CUT_MARGIN = 64
 TEXT_FIELDS = ("text", "content", "prompt")
 
 
@@ -58,7 +60,7 @@ def load_calibration_tokens(
     if config.source.startswith("hf:"):
         tokens = torch.tensor(_tokens_of_documents(_hub_documents(config.source), encode, needed), dtype=torch.int64)
     else:
-        tokens = _read_file(Path(config.source), encode)
+        tokens = _read_file(Path(config.source), lambda text: encode_beginning(text, encode, needed))
     return cut_sequences(tokens, config, vocab_size)
 
 
@@ -83,6 +85,21 @@ def cut_sequences(tokens: Tensor, config: CalibrationConfig, vocab_size: int) ->
         raise CalibrationError(f"{config.source}: token id {bad} is outside the vocabulary of {vocab_size} tokens")
     sequences = used.view(count, config.sequence_length)
     return CalibrationTokens(sequences[: config.num_sequences], sequences[config.num_sequences :])
+
+
+def encode_beginning(text: str, encode: Callable[[str], list[int]], needed: int) -> list[int]:
+    """The first ``needed`` tokens of ``text``, or all of them if there are fewer, without encoding much more than that.
+
+    The beginning of a text has the tokens that it has within the whole, but for a few at its end: ``CUT_MARGIN`` of
+    them are dropped.
+    """
+    num_characters = needed * CHARACTERS_PER_TOKEN
+    while num_characters < len(text):
+        tokens = encode(text[:num_characters])
+        if len(tokens) >= needed + CUT_MARGIN:
+            return tokens[:needed]
+        num_characters *= 2
+    return encode(text)
 
 
 def _read_file(path: Path, encode: Callable[[str], list[int]]) -> Tensor:

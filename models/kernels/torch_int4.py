@@ -4,8 +4,9 @@ Replaces: unpacking the whole weight for every token, which is what makes the re
 
 torch packs two codes per byte in tiles of output rows, and multiplies with dequantization in registers, float32
 accumulation. Its grid is ``weight = (code - 8) * scale + zero``, so ``zero = (8 - zero_point) * scale``.
-Cost: it takes scale and zero in bfloat16 only. Rounding the float16 scale moves each weight by at most 2**-9 of
-itself, rounding ``zero`` by at most 2**-9 * 8 * scale: together below 5 % of the half-step that INT4 itself costs.
+Cost: it takes scale and zero in bfloat16 only. Each of the two roundings moves a weight by ``2**-8 * 8 * scale`` at
+most, together an eighth of the half-step that INT4 itself may cost. On the weights of a trained network it comes to
+0.2 % of the weight's norm where INT4 in groups of 64 costs 9.6 %: the sum of both is the same to four digits.
 
 The product is one row at a time: fastest for a few rows, slower than a dense matrix product beyond about fifty. Many
 rows are therefore multiplied with the dequantized weight, some tiles at a time so that the transient stays small. Codes

@@ -3,7 +3,7 @@
 One byte per weight, as in the artifact, and one scale per output row, which is applied after the sum in float32.
 Few rows take torch's product; beyond about eight it is faster to convert the codes to bfloat16 (exact: they
 have 8 bits) and multiply, some rows at a time so that the transient stays small.
-Cost: scales in bfloat16. Each output is off by at most 2**-9 of itself, as much as rounding it to bfloat16.
+Cost: scales in bfloat16. Each output is off by at most 2**-8 of itself, as much as rounding it to bfloat16.
 """
 
 from collections.abc import Iterator

@@ -6,6 +6,7 @@ tensors:  name, dimensions (fastest first), type, offset into the data
 data, aligned
 """
 
+import math
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..errors import CheckpointError
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
+DEQUANTIZE_ELEMENTS = 1 << 20
 
 _SCALARS = {
     GGUFValueType.UINT8: "<u1",
@@ -88,14 +90,22 @@ class GgufFile:
             return torch.from_numpy(raw.view(np.float16).copy()).view(entry.shape)
         if entry.kind == GGMLQuantizationType.F32:
             return torch.from_numpy(raw.view(np.float32).copy()).view(entry.shape)
+        return torch.from_numpy(self._dequantize(name, entry, raw)).view(entry.shape)
+
+    def _dequantize(self, name: str, entry: GgufTensor, raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Some rows at a time: the gguf package holds everything twice before it joins its pieces."""
+        blocks = raw.reshape(-1, raw.size * entry.shape[-1] // math.prod(entry.shape))
+        values = np.empty((len(blocks), entry.shape[-1]), np.float32)
+        step = max(1, DEQUANTIZE_ELEMENTS // entry.shape[-1])
         try:
             with np.errstate(all="ignore"):
-                values = dequantize(raw.reshape(*entry.shape[:-1], -1), entry.kind)
+                for start in range(0, len(blocks), step):
+                    values[start : start + step] = dequantize(blocks[start : start + step], entry.kind)
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{self.path}: tensor {name} is stored as {entry.kind.name}, not supported"
             ) from error
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).view(entry.shape)
+        return values
 
     def _place(self, header_bytes: int) -> None:
         """Make the tensors' offsets absolute, now that the end of the header is known."""
@@ -171,9 +181,7 @@ class _Cursor:
             raise CheckpointError(f"{self.path}: {what} is of type {number}, which the gguf package does not know")
         kind = GGMLQuantizationType(number)
         block_size, block_bytes = GGML_QUANT_SIZES[kind]
-        num_elements = 1
-        for size in shape:
-            num_elements *= size
+        num_elements = math.prod(shape)
         if num_elements == 0 or shape[-1] % block_size:
             raise self._damaged(what)
         offset = self.scalar("<u8", what)

@@ -183,10 +183,8 @@ def _settings(fields: ConfigFields, tokens: list[str], adds_bos: bool, is_senten
 def _surround_with_markers(backend: Tokenizer, bos: str | None, eos: str | None) -> None:
     """Make ``backend`` put ``bos`` before and ``eos`` after each text; None, or a token it lacks: nothing there."""
     begin, end = ([token] if token and backend.token_to_id(token) is not None else [] for token in (bos, eos))
-    second = [f"{token}:1" for token in begin] + ["$B:1"] + [f"{token}:1" for token in end]
     backend.post_processor = processors.TemplateProcessing(
         single=[*begin, "$A", *end],
-        pair=[*begin, "$A", *end, *second],
         special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys([*begin, *end])],
     )
 

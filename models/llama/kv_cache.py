@@ -20,8 +20,9 @@ class PagedKVCache:
         self.block_size = block_size
         self.num_blocks = num_blocks
         shape = (config.num_hidden_layers, num_blocks * block_size, config.num_key_value_heads, config.head_dim)
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)
-        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        # Not zeroed: the system then backs a slot with memory when it is first written, not before.
+        self._keys = torch.empty(shape, dtype=dtype, device=device)
+        self._values = torch.empty(shape, dtype=dtype, device=device)
 
     @staticmethod
     def bytes_per_block(config: LlamaConfig, block_size: int = 16, dtype: torch.dtype = torch.float32) -> int:

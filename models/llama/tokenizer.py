@@ -1,7 +1,7 @@
 """Text to token ids and back, and messages to a prompt: ``tokenizer.json`` and the settings next to it.
 
 Everything comes from the ``tokenizers`` library and Jinja; transformers, which takes seconds to import, is not needed.
-As in transformers 5, ``tokenizer.json`` alone decides which markers surround a text: ``add_bos_token`` is not consulted.
+As in transformers 5, ``tokenizer.json`` alone decides which markers surround a text, not ``add_bos_token``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -62,8 +62,7 @@ def choose_grid(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | N
         return _stored_scale(absmax / (scheme.max_code // 2), tuple(weight.shape), scheme), None
     low, high = (bound.float() for bound in groups.aminmax(dim=-1))
     low, high = low.clamp(max=0), high.clamp(min=0)
-    # halves first: high - low itself can overflow float32
-    scale = _stored_scale((high / 2 - low / 2) * (2 / scheme.max_code), tuple(weight.shape), scheme)
+    scale = _stored_scale((high - low) / scheme.max_code, tuple(weight.shape), scheme)
     zero_point = (-low / scale.float()).round().clamp(0, scheme.max_code)
     return scale, zero_point.to(torch.uint8)
 

@@ -136,6 +136,7 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
     include_usage: bool | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
 class GenerationBody(Body):

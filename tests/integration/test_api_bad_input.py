@@ -30,7 +30,7 @@ WRONG_VALUES = {
     "n": [0, -1, MAX_CHOICES + 1, "2"],
     "stop": [5, [5], "", [""], ["a"] * 5, "x" * 65, {}],
     "stream": ["yes", 1],
-    "stream_options": [{"include_usage": True}, 5],
+    "stream_options": [{"include_usage": True}, 5, {"continuous_usage_stats": True}],
     "model": [5, "x" * 300],
     "ignore_eos": ["no"],
 }

@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from models.errors import QerveError
-from service.server import bind
+from service.listener import bind
 from tests.support.api_server import live_server
 
 BODY = {"model": "fake", "prompt": "hello", "max_tokens": 3, "temperature": 0}

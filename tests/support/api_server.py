@@ -16,7 +16,8 @@ from fastapi import FastAPI
 from models.artifact.load import LoadedModel
 from service.app import create_app
 from service.deps import Context
-from service.server import DrainingServer, bind, url_of
+from service.listener import bind, url_of
+from service.server import DrainingServer
 from service.settings import Settings
 from tests.support.fake_model import FakeParts
 

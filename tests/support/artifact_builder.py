@@ -8,13 +8,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from models.artifact.format import LinearRecord, LoraForm, Manifest
 from models.artifact.jsonio import tabular_json
+from models.artifact.reader import ArtifactReader
 from models.artifact.writer import ArtifactWriter
 from models.config import BuildConfig, QuantScheme
+from models.errors import ArtifactError
 from models.llama.config import LlamaConfig
 from models.types import Correction, LinearWeights, QuantizedWeight
 
@@ -171,6 +174,13 @@ def write_artifact(directory: Path, model: TinyModel | None = None, **changes: A
     for layer_index in range(model.config.num_hidden_layers):
         write_layer(writer, model, layer_index)
     return finish(writer, model, **changes)
+
+
+def refusal(directory: Path) -> str:
+    """Message of the ArtifactError that opening ``directory`` raises."""
+    with pytest.raises(ArtifactError) as caught:
+        ArtifactReader.open(directory).close()
+    return str(caught.value)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import PurePosixPath
 
+PINNED_IMAGE = re.compile(r"[\w./-]+:v?\d+\.\d+\.\d+(-[\w.-]+)?")
 PROMQL_KEYWORDS = frozenset({"and", "or", "unless", "by", "without", "on", "ignoring", "bool", "offset", "group_left"})
 
 
@@ -38,6 +39,17 @@ def dockerfile_instructions(text: str) -> list[Instruction]:
         stage += name.upper() == "FROM"
         instructions.append(Instruction(name.upper(), arguments.strip(), stage))
     return instructions
+
+
+def final_stage(instructions: list[Instruction]) -> list[Instruction]:
+    """The instructions of the image that is shipped."""
+    return [step for step in instructions if step.stage == instructions[-1].stage]
+
+
+def environment_of(stage: list[Instruction]) -> dict[str, str]:
+    """Variables that ``stage`` sets."""
+    pairs = (pair for step in stage if step.name == "ENV" for pair in step.arguments.split())
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def is_ignored(path: str, dockerignore: str) -> bool:

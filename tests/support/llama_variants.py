@@ -154,4 +154,4 @@ def cached_step(
     logits = model.logits(model(batch, cache))
     for sequence, new in zip(sequences, tokens, strict=True):
         sequence.num_done += len(new)
-    return list(logits.split([len(new) for new in tokens]))
+    return list(torch.split(logits, [len(new) for new in tokens]))

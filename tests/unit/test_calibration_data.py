@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.calibration.data import CalibrationTokens, cut_sequences, load_calibration_tokens
+from models.calibration.data import CalibrationTokens, cut_sequences, encode_beginning, load_calibration_tokens
 from models.config import CalibrationConfig
 from models.errors import CalibrationError
+from tests.support.tiny_checkpoints import CORPUS, train_tokenizer
 
 
 def encode(text):
@@ -53,6 +54,21 @@ def test_token_files_are_taken_as_they_are(tmp_path):
         tokens = load(tmp_path / name)
         assert tokens.statistics.flatten().tolist() + tokens.holdout.flatten().tolist() == ids
         assert tokens.statistics.dtype == torch.int64
+
+
+@pytest.mark.parametrize("needed", [1, 100, 900, 10**6])
+def test_encoding_the_beginning_gives_the_tokens_of_the_whole(needed):
+    tokenizer, text, lengths = train_tokenizer(), "\n".join(CORPUS) * 20, []
+
+    def watched(part):
+        lengths.append(len(part))
+        return tokenizer.encode(part).ids
+
+    tokens = encode_beginning(text, watched, needed)
+    whole = tokenizer.encode(text).ids
+    assert tokens[:needed] == whole[:needed]
+    assert len(tokens) == min(needed, len(whole))
+    assert needed > len(whole) or max(lengths) < len(text)
 
 
 def test_the_fingerprint_changes_with_any_token_and_with_the_split():

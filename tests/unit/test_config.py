@@ -205,3 +205,19 @@ def test_check_passes_exactly_when_groups_tile_the_row(scheme: QuantScheme, in_f
 def test_configurations_cannot_be_changed_after_validation() -> None:
     with pytest.raises(AttributeError):
         QuantScheme().num_bits = 9  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("value", ["4", 4.5, True, None])
+def test_values_are_not_converted_into_what_they_are_not(value):
+    with pytest.raises(SchemeError, match=r"recipe\.toml: scheme\.num_bits"):
+        BuildConfig.from_dict({"scheme": {"num_bits": value}}, "recipe.toml")
+
+
+def test_a_value_out_of_range_names_the_file():
+    with pytest.raises(SchemeError, match=r"recipe\.toml: num_bits is 9"):
+        BuildConfig.from_dict({"scheme": {"num_bits": 9}}, "recipe.toml")
+
+
+def test_a_value_that_is_no_plain_data_is_refused():
+    with pytest.raises(SchemeError, match="plain data"):
+        BuildConfig.from_dict({"scheme": object()})

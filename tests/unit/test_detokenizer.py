@@ -59,6 +59,12 @@ def test_a_prompt_that_ends_inside_a_character_does_not_swallow_output():
     assert "".join(stream_all(BYTES, "€".encode()[:2], b"xyz")) == "xyz"
 
 
+def test_a_prompt_that_ends_inside_a_character_of_byte_tokens_does_not_swallow_output():
+    decoder, first_byte = sentencepiece_like()
+    first, second, third = (first_byte + byte for byte in "€".encode())
+    assert "".join(stream_all(decoder, [0, first, second], [third, 7, 7, 7])).endswith("bbb")
+
+
 def test_endless_garbage_is_let_through_and_does_not_pile_up():
     detokenizer = Detokenizer(BYTES, [])
     deltas = [detokenizer.push(0x80) for _ in range(1000)]

@@ -89,17 +89,13 @@ async def test_closing_a_call_aborts_what_runs_and_frees_its_blocks(running):
 async def test_jobs_run_in_the_engines_thread_one_between_two_steps(running):
     model = FakeModel(faults=Faults(step_seconds=0.002))
     engine = running(model)
-    jobs = []
-    generation = engine.admit(1)
 
-    async def score():
-        for _ in range(5):
-            job = await engine.call(lambda: (len(model.batch_sizes), threading.current_thread().name))
-            jobs.append(job)
+    def job():
+        return len(model.batch_sizes), threading.current_thread().name
 
-    scoring = asyncio.create_task(score())
-    texts, _ = await collect(generation, [make_request("a", max_tokens=30)])
-    await scoring
+    scoring = asyncio.gather(*(engine.call(job) for _ in range(5)))
+    texts, _ = await collect(engine.admit(1), [make_request("a", max_tokens=30)])
+    jobs = await scoring
     assert {thread for _, thread in jobs} == {"qerve-engine"}
     assert len({num_steps for num_steps, _ in jobs}) == 5  # never two jobs without a step in between
     assert texts["a"] == greedy_text("hello", 30)

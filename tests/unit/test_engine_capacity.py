@@ -1,5 +1,8 @@
 """The size of the key-value cache: from what is asked for, the model and the memory there is."""
 
+import sys
+
+import psutil
 import pytest
 import torch
 
@@ -59,6 +62,15 @@ def test_memory_for_not_even_one_block_is_an_error():
 def test_a_length_beyond_the_models_context_is_an_error():
     with pytest.raises(QerveError, match="more than the model's context of 256"):
         plan(CacheLimits(max_num_seqs=4, max_model_len=257))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="depends on how the system hands out memory")
+def test_the_cache_takes_memory_only_as_it_is_used():
+    process = psutil.Process()
+    before = process.memory_info().rss
+    cache = PagedKVCache(CONFIG, num_blocks=2_000_000)
+    assert cache.nbytes == 256_000_000
+    assert process.memory_info().rss - before < 64_000_000
 
 
 def test_half_precision_holds_twice_as_many_tokens():

@@ -114,6 +114,17 @@ def test_a_stop_string_completed_by_the_last_allowed_token_counts_as_a_stop():
     assert reasons["a"] is FinishReason.STOP
 
 
+def test_a_stop_string_completed_by_the_text_held_to_the_end_counts_as_a_stop():
+    class Halves(ByteTokenizer):
+        def decode(self, ids, skip_special_tokens=True):
+            return bytes([0xE2] * len(ids)).decode("utf-8", errors="replace")
+
+    engine = make_engine()
+    engine._tokenizer = Halves()
+    texts, reasons = run(engine, [make_request("a", max_tokens=1, stop=("\ufffd",))])
+    assert (texts["a"], reasons["a"]) == ("", FinishReason.STOP)
+
+
 def test_text_held_for_a_stop_string_that_never_came_is_shown_at_the_end():
     whole = greedy_text("hello")
     texts, reasons = run(make_engine(), [make_request("a", stop=(whole[-2:] + "never",))])

@@ -123,8 +123,8 @@ def test_torch_backends_keep_codes_once_and_count_every_byte(scheme: QuantScheme
 
 
 @pytest.mark.parametrize("num_tokens", [3, 90])
-@pytest.mark.parametrize("change", ["blocks", "unknown layout"])
-def test_int4_in_blocks_or_in_an_unknown_layout_gives_the_same(
+@pytest.mark.parametrize("change", ["blocks", "unknown layout", "layouts probed in another order"])
+def test_int4_in_blocks_or_in_another_layout_gives_the_same(
     monkeypatch: pytest.MonkeyPatch, change: str, num_tokens: int
 ) -> None:
     weights = random_layer(QuantScheme(4, 32), (192, 64), rank=4)
@@ -133,7 +133,8 @@ def test_int4_in_blocks_or_in_an_unknown_layout_gives_the_same(
     if change == "blocks":
         monkeypatch.setattr(torch_int4, "_WEIGHTS_AT_ONCE", 1)
     else:
-        monkeypatch.setattr(torch_int4, "_LAYOUTS", ())
+        layouts = () if change == "unknown layout" else torch_int4._LAYOUTS[::-1]
+        monkeypatch.setattr(torch_int4, "_LAYOUTS", layouts)
     changed = TorchInt4Backend().prepare(weights, CPU, torch.bfloat16)(x).float()
     assert float((changed - expected).norm()) <= torch.finfo(torch.bfloat16).eps * float(expected.norm())
 

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.llama import model as model_module
-from models.llama.batch import Batch
+from models.llama.batch import Batch, SequenceSpan
 from models.llama.config import LlamaConfig
+from models.llama.kv_cache import PagedKVCache
 from models.llama.model import LlamaForCausalLM, RMSNorm, embed, head_logits
 from tests.support.llama_variants import StateDictWeights, hf_values
 from tests.support.tiny_checkpoints import random_tensors
@@ -110,3 +111,21 @@ def test_nothing_requires_gradients() -> None:
     model = LlamaForCausalLM(LlamaConfig.from_hf(values, "config.json"), StateDictWeights(random_tensors(values)))
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model(Batch.uncached([[1, 2]])).requires_grad
+
+
+@pytest.mark.parametrize("variant", ["llama_dynamic_rope", "mistral_window", "qwen2_window"])
+def test_everything_is_made_on_the_device_of_the_weights(variant: str) -> None:
+    values = hf_values(variant)
+    tensors = {name: tensor.to("meta") for name, tensor in random_tensors(values).items()}
+    model = LlamaForCausalLM(LlamaConfig.from_hf(values, "config.json"), StateDictWeights(tensors))
+    # The meta device computes shapes only, and refuses to be mixed with another.
+    assert model.logits(model(Batch.uncached([[1] * 300, [2] * 9], "meta"))).shape == (309, 101)
+    cache = PagedKVCache(model.config, num_blocks=4, device="meta")
+    slots = torch.arange(64, device="meta")
+    spans = (
+        SequenceSpan(0, 20, 30, slots[:30]),
+        SequenceSpan(20, 1, 17, slots[:17]),
+        SequenceSpan(21, 1, 19, slots[:19]),
+    )
+    rows = torch.arange(22, device="meta")
+    assert model.logits(model(Batch(rows, rows, spans), cache)).device.type == "meta"

@@ -66,8 +66,9 @@ def test_padding_bits_are_written_as_zero_and_ignored_when_read(num_bits: int) -
 def test_packing_does_not_share_memory_with_its_input(num_bits: int) -> None:
     codes = torch.zeros(2, 8, dtype=torch.uint8)
     packed = pack(codes, num_bits)
-    unpacked = unpack(packed, num_bits, 8)
     codes.fill_(1)
+    assert not packed.any()
+    unpacked = unpack(packed, num_bits, 8)
     packed.fill_(255)
     assert not unpacked.any()
 

@@ -77,6 +77,15 @@ def test_top_p_acts_on_what_top_k_left():
     assert probabilities(logits, [params(top_k=2, top_p=0.55)])[0].tolist() == pytest.approx([1, 0, 0, 0])
 
 
+def test_a_token_is_dropped_when_those_before_it_hold_exactly_top_p():
+    assert probabilities(torch.zeros(1, 4), [params(top_p=0.5)])[0].tolist() == [0.5, 0.5, 0.0, 0.0]
+
+
+def test_among_equals_top_k_keeps_the_lowest_ids_and_no_more_than_k():
+    kept = probabilities(torch.zeros(1, 5000), [params(top_k=3)])[0].nonzero().flatten()
+    assert kept.tolist() == [0, 1, 2]
+
+
 def test_rows_of_one_batch_keep_their_own_parameters():
     logits = torch.randn(5, 20)
     rows = [params(), params(top_k=3), params(temperature=0.3), params(top_p=0.5), params(min_p=0.2, temperature=1.7)]
