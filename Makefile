@@ -11,6 +11,9 @@ PORT        ?= 8000
 ONCE        ?=
 ARGS        ?=
 
+# Threads that spin while they wait make two busy processes slow each other down several times over.
+export OMP_WAIT_POLICY ?= passive
+
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip --quiet --disable-pip-version-check install \
            $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))

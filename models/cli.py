@@ -1,6 +1,7 @@
 """The offline verbs: parse, call one function, print."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +39,9 @@ def make_cli() -> typer.Typer:
 
 def run_cli(cli: Callable[[], Any]) -> None:
     """Run ``cli``; a QerveError becomes one line on stderr and exit status 1."""
+    # OpenMP reads it once, when torch is first imported, which no verb has done yet. Threads that spin while they wait
+    # slow everything down several times over as soon as anything else wants their core (docs/decisions/0005).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         cli()
     except QerveError as error:

@@ -83,6 +83,17 @@ def _write(
         if step <= NUM_GREEDY:
             tokens[:, step] = logits.argmax(-1)
         else:
-            tokens[:, step] = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+            tokens[:, step] = _sample(logits, generator)
         report(step + 1)
     return tokens
+
+
+def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token per row of ``logits`` (n, vocab_size), at temperature 1, by inverting the cumulative distribution.
+
+    One random number per row, where ``torch.multinomial`` draws one per token of the vocabulary.
+    """
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    threshold = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64, device=logits.device)
+    tokens = torch.searchsorted(cumulative, threshold * cumulative[:, -1:], right=True)
+    return tokens.clamp(max=logits.shape[-1] - 1).squeeze(1)

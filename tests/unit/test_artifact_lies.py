@@ -1,5 +1,6 @@
 """Headers that lie, every hash made right again: what is left to notice is that the parts contradict each other."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
