@@ -35,6 +35,7 @@ model: $(VENV)/.created ## fetch the small real model that the demo and some tes
 	@$(BIN)/python -m tools.fetch_model
 
 test: $(VENV)/.installed-dev ## run the tests, without those marked slow
+	@$(BIN)/python -m tools.fetch_model || echo "tests with the real model will be skipped"
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.installed-dev model ## run every test, with the real model

@@ -107,6 +107,7 @@ def print_build_report(report: "BuildReport", *, as_json: bool) -> None:
         "time": f"{report.seconds:.1f} s",
         "peak memory": f"{_mib(report.peak_memory_bytes)} above start",
         "embedding + one layer + activations": _mib(report.memory_bound_bytes),
+        "peak memory, calibration tokens": f"{_mib(report.calibration_peak_bytes)} above start",
     }
     if report.num_resumed_layers:
         rows["layers taken over"] = f"{report.num_resumed_layers} from an interrupted build"

@@ -1,7 +1,5 @@
 """From an artifact to a network that runs: read, repack and release one layer at a time."""
 
-import ctypes
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +16,7 @@ from ..kernels.base import KernelBackend, Selection
 from ..layers.linear import LowRankLinear
 from ..llama.model import LlamaForCausalLM
 from ..llama.tokenizer import Tokenizer
+from ..memory import return_freed_memory
 from .format import Manifest
 from .reader import ArtifactReader, Verify
 
@@ -82,7 +81,7 @@ class ArtifactWeights:
         self.selections[path] = layer.selection
         self.resident_bytes[layer.selection.backend.name] += layer.nbytes
         del weights
-        _return_freed_memory()
+        return_freed_memory()
         return layer
 
 
@@ -112,7 +111,7 @@ def load_artifact(
         weights = ArtifactWeights(reader, get_backends(backend), target, dtype or default_dtype(target))
         model = LlamaForCausalLM(reader.config, weights)
         tokenizer = _tokenizer(reader)
-    _return_freed_memory()
+    return_freed_memory()
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
@@ -122,18 +121,6 @@ def load_artifact(
         resident_bytes=dict(weights.resident_bytes),
         load_seconds=time.perf_counter() - started,
     )
-
-
-def _return_freed_memory() -> None:
-    """Give the pages of released tensors back to the system.
-
-    glibc keeps freed blocks below its moving threshold (up to 32 MB) for itself; over a whole load the stored form of
-    the layers would add up to a second copy of the model. Takes a fraction of a millisecond.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent from other C libraries
-        if trim is not None:
-            trim(0)
 
 
 def _tokenizer(reader: ArtifactReader) -> Tokenizer:

@@ -20,7 +20,7 @@ from ..calibration.data import CalibrationTokens
 from ..config import BuildConfig
 from ..llama.checkpoint import Checkpoint, DenseWeights
 from ..llama.config import LlamaConfig
-from ..memory import PeakMemory, directory_bytes
+from ..memory import PeakMemory, directory_bytes, return_freed_memory
 from .calibrate import calibration_tokens
 from .holdout import holdout_evaluation
 from .layer import LayerBuilder, stored_tensor
@@ -33,14 +33,18 @@ from .stream import CalibrationStreams
 class BuildReport:
     """What a build did and what it cost.
 
-    peak_memory_bytes: largest memory held above what the process held before, mapped files not counted
-    memory_bound_bytes: dense embedding + one dense decoder layer (float32) + activations of the calibration set
+    peak_memory_bytes:      most that the layer-by-layer build held above what the process held before
+    memory_bound_bytes:     dense embedding + one dense decoder layer (float32) + activations of the calibration set
+    calibration_peak_bytes: the same as the first for making the calibration tokens, before the build: encoding a text,
+        or the 8-bit copy of the network that writes one
+    Mapped files are not counted: the system takes their pages back when it needs them.
     """
 
     artifact: str
     seconds: float
     peak_memory_bytes: int
     memory_bound_bytes: int
+    calibration_peak_bytes: int
     dense_perplexity: float | None
     quantized_perplexity: float | None
     effective_bits: float
@@ -74,8 +78,10 @@ def build_artifact(
     started, device = time.perf_counter(), torch.device(device)
     reconstructor = check_build(config, checkpoint.config)
     check_target(out, overwrite)
-    with PeakMemory() as memory:
+    with PeakMemory() as calibrating:
         tokens = calibration_tokens(checkpoint, config.calibration, device, observer)
+    return_freed_memory()
+    with PeakMemory() as building:
         writer = ArtifactWriter(out, checkpoint.config, build_fingerprint(checkpoint, config, tokens), overwrite)
         dense = DenseWeights(checkpoint, torch.float32, device)
         streams = CalibrationStreams.start(checkpoint.config, tokens, dense, config.calibration)
@@ -84,13 +90,15 @@ def build_artifact(
         observer.phase("quantizing layers", num_layers)
         for index in range(num_layers):
             builder.step(index, streams, is_finished=index < num_resumed)
+            return_freed_memory()
             observer.progress(index + 1)
         evaluation = holdout_evaluation(checkpoint.config, streams, dense)
         manifest = _finish(writer, checkpoint, config, tokens, evaluation)
     return BuildReport(
         artifact=str(out),
         seconds=round(time.perf_counter() - started, 2),
-        peak_memory_bytes=memory.growth_bytes,
+        peak_memory_bytes=building.growth_bytes,
+        calibration_peak_bytes=calibrating.growth_bytes,
         memory_bound_bytes=memory_bound_bytes(checkpoint.config, streams),
         dense_perplexity=evaluation.get("dense_perplexity"),
         quantized_perplexity=evaluation.get("quantized_perplexity"),

@@ -15,13 +15,16 @@ from ..kernels import default_backends
 from ..layers.linear import LowRankLinear
 from ..llama.batch import Batch, SequenceSpan
 from ..llama.checkpoint import Checkpoint, DenseWeights
+from ..llama.config import LlamaConfig
 from ..llama.kv_cache import PagedKVCache
 from ..llama.model import LlamaForCausalLM
+from ..memory import return_freed_memory
 from ..quant.rtn import quantize_rtn
 from ..types import LinearWeights
 
 NUM_GREEDY = 4
-CHUNK = 32
+LARGEST_CHUNK = 64
+BLOCK_SIZE = 16
 EIGHT_BIT = QuantScheme(num_bits=8, group_size=PER_CHANNEL, is_symmetric=True)
 
 
@@ -53,17 +56,28 @@ def generate_tokens(
         on the same machine.
     """
     model = LlamaForCausalLM(checkpoint.config, EightBitWeights(checkpoint, dtype, device))
+    return_freed_memory()
     generator = torch.Generator(device).manual_seed(seed)
-    pieces = []
-    for start in range(0, num_sequences, CHUNK):
-        count = min(CHUNK, num_sequences - start)
+    pieces: list[Tensor] = []
+    for count in _chunks(checkpoint.config, num_sequences, sequence_length, dtype):
+        written = sum(len(piece) for piece in pieces)
 
-        def report(step: int, start: int = start, count: int = count) -> None:
+        def report(step: int, written: int = written, count: int = count) -> None:
             if on_progress is not None:
-                on_progress(start * sequence_length + step * count, num_sequences * sequence_length)
+                on_progress(written * sequence_length + step * count, num_sequences * sequence_length)
 
         pieces.append(_write(model, count, sequence_length, generator, report))
     return torch.cat(pieces).flatten()
+
+
+def _chunks(config: LlamaConfig, num_sequences: int, sequence_length: int, dtype: torch.dtype) -> list[int]:
+    """How many sequences to write at a time: as many as have a cache no larger than the 8-bit weights, evenly."""
+    per_block = PagedKVCache.bytes_per_block(config, BLOCK_SIZE, dtype)
+    per_sequence = -(-sequence_length // BLOCK_SIZE) * per_block
+    weights = sum(shape.out_features * shape.in_features for shape in config.linear_shapes().values())
+    largest = min(LARGEST_CHUNK, max(1, weights // per_sequence))
+    num_chunks = -(-num_sequences // largest)
+    return [len(range(start, num_sequences, num_chunks)) for start in range(num_chunks)]
 
 
 @torch.inference_mode()
@@ -72,7 +86,8 @@ def _write(
 ) -> Tensor:
     """(count, length) int64: all sequences advance together, one token per step."""
     device = model.device
-    cache = PagedKVCache(model.config, num_blocks=count * -(-length // 16), dtype=model.dtype, device=device)
+    num_blocks = count * -(-length // BLOCK_SIZE)
+    cache = PagedKVCache(model.config, num_blocks, BLOCK_SIZE, model.dtype, device)
     slots = torch.arange(cache.num_slots, device=device).view(count, -1)
     tokens = torch.empty(count, length, dtype=torch.int64, device=device)
     tokens[:, 0] = torch.randint(model.config.vocab_size, (count,), generator=generator, device=device)
