@@ -102,5 +102,5 @@ class LayerBuilder:
 
 def stored_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     """An unquantized tensor as the artifact keeps it: matrices at 16 bits, vectors as they are."""
-    tensor = checkpoint.tensor(name)
-    return tensor.to(torch.bfloat16) if tensor.dim() > 1 and tensor.dtype == torch.float32 else tensor
+    is_matrix = len(checkpoint.config.unquantized_shapes()[name]) > 1
+    return checkpoint.tensor(name, narrow=is_matrix)

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from ..errors import EvaluationError
 from ..llama.batch import Batch
 
-LOGIT_ROWS = 128
-"""Rows of logits alive at once: 128 x 49152 in float32 are 25 MB, where a window of 1024 would be 200 MB."""
+LOGIT_ROWS = 64
+"""Rows of logits alive at once: 64 x 49152 in float32 are 13 MB, where a window of 1024 would be 200 MB."""
 
 
 class LanguageModel(Protocol):

@@ -60,8 +60,10 @@ class Checkpoint(Protocol):
         """sha256 over configuration, tokenizer and all parameters, hex; reads every byte on first use."""
         ...
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, narrow: bool = False) -> Tensor:
         """The parameter ``name``, as it is stored, on the CPU.
+
+        With ``narrow``, one that is wider than 16 bits comes as bfloat16, without a wider copy in memory.
 
         Raises:
             CheckpointError: it does not exist or cannot be read.

@@ -72,8 +72,10 @@ class GgufCheckpoint:
         """sha256 over the settings and the file, hex; reads every byte on first use."""
         return combine_fingerprint(self, {"model.gguf": file_digest(self.path)})
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, narrow: bool = False) -> Tensor:
         """The parameter ``name`` on the CPU: float16 and bfloat16 as stored, other types dequantized to float32.
+
+        With ``narrow``, to bfloat16 instead of float32.
 
         Raises:
             CheckpointError: it does not exist, or its type cannot be dequantized.
@@ -81,7 +83,7 @@ class GgufCheckpoint:
         gguf_name = _gguf_name(name)
         if gguf_name not in self._file.tensors:
             raise CheckpointError(f"{self.path}: there is no tensor {gguf_name} ({name})")
-        tensor = self._file.read(gguf_name)
+        tensor = self._file.read(gguf_name, narrow)
         if self._architecture == "llama" and name.endswith(PERMUTED):
             return undo_row_permutation(tensor, self.config.head_dim)
         return tensor

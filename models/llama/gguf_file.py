@@ -76,8 +76,12 @@ class GgufFile:
             self.tensors[name] = cursor.tensor(name)
         self._place(cursor.offset)
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, narrow: bool = False) -> Tensor:
         """Tensor ``name`` on the CPU: float16 and bfloat16 as they are, every other type dequantized to float32.
+
+        Args:
+            name: as in the file.
+            narrow: give bfloat16 for what would be float32; the wider form is never whole in memory.
 
         Raises:
             CheckpointError: its type cannot be dequantized.
@@ -88,19 +92,18 @@ class GgufFile:
             return torch.from_numpy(raw.copy()).view(torch.bfloat16).view(entry.shape)
         if entry.kind == GGMLQuantizationType.F16:
             return torch.from_numpy(raw.view(np.float16).copy()).view(entry.shape)
-        if entry.kind == GGMLQuantizationType.F32:
-            return torch.from_numpy(raw.view(np.float32).copy()).view(entry.shape)
-        return torch.from_numpy(self._dequantize(name, entry, raw)).view(entry.shape)
+        return self._dequantize(name, entry, raw, torch.bfloat16 if narrow else torch.float32).view(entry.shape)
 
-    def _dequantize(self, name: str, entry: GgufTensor, raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def _dequantize(self, name: str, entry: GgufTensor, raw: npt.NDArray[np.uint8], dtype: torch.dtype) -> Tensor:
         """Some rows at a time: the gguf package holds everything twice before it joins its pieces."""
         blocks = raw.reshape(-1, raw.size * entry.shape[-1] // math.prod(entry.shape))
-        values = np.empty((len(blocks), entry.shape[-1]), np.float32)
+        values = torch.empty(len(blocks), entry.shape[-1], dtype=dtype)
         step = max(1, DEQUANTIZE_ELEMENTS // entry.shape[-1])
         try:
             with np.errstate(all="ignore"):
                 for start in range(0, len(blocks), step):
-                    values[start : start + step] = dequantize(blocks[start : start + step], entry.kind)
+                    rows = dequantize(blocks[start : start + step], entry.kind)
+                    values[start : start + step] = torch.from_numpy(np.array(rows, dtype=np.float32))
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{self.path}: tensor {name} is stored as {entry.kind.name}, not supported"

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -53,8 +54,10 @@ class SafetensorsCheckpoint:
         files = {str(path.relative_to(self.directory)): file_digest(path) for path in set(self._shards.values())}
         return combine_fingerprint(self, files)
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, narrow: bool = False) -> Tensor:
         """The parameter ``name``, as it is stored, on the CPU; its pages are read as they are used.
+
+        With ``narrow``, one that is stored wider than 16 bits comes as bfloat16.
 
         Raises:
             CheckpointError: it does not exist or cannot be read.
@@ -66,7 +69,7 @@ class SafetensorsCheckpoint:
             tensor: Tensor = self._shard(path).get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: tensor {name} cannot be read: {error}") from error
-        return tensor
+        return tensor.to(torch.bfloat16) if narrow and tensor.dtype.itemsize > 2 else tensor
 
     def _shard(self, path: Path) -> Any:
         if path != self._open_path:

@@ -37,6 +37,8 @@ def test_every_tensor_comes_back_as_it_was_written(num_shards: int, dtype: torch
     for name, expected in tensors.items():
         assert checkpoint.tensor(name).dtype is dtype
         torch.testing.assert_close(checkpoint.tensor(name), expected, rtol=0, atol=0)
+        narrow = expected.bfloat16() if dtype is torch.float32 else expected
+        torch.testing.assert_close(checkpoint.tensor(name, narrow=True), narrow, rtol=0, atol=0)
     assert checkpoint.hf_config == tiny_config()
     assert checkpoint.generation_config == {"eos_token_id": [0, 2]}
     assert checkpoint.tokenizer_files == tokenizer_files()

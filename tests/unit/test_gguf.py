@@ -87,6 +87,7 @@ def test_16_bit_tensors_stay_16_bit(kind: GGMLQuantizationType, tmp_path: Path) 
     checkpoint = open_checkpoint(str(path))
     for name, tensor in tensors.items():
         assert checkpoint.tensor(name).dtype is (dtype if tensor.dim() == 2 else torch.float32)
+        assert checkpoint.tensor(name, narrow=True).dtype is (dtype if tensor.dim() == 2 else torch.bfloat16)
         torch.testing.assert_close(checkpoint.tensor(name).float(), tensor.float(), rtol=0, atol=0)
 
 
@@ -100,6 +101,7 @@ def test_quantized_tensors_are_within_one_step_of_the_original(
     for name, original in model.named_parameters():
         stored = checkpoint.tensor(name)
         assert stored.dtype is torch.float32
+        torch.testing.assert_close(checkpoint.tensor(name, narrow=True), stored.bfloat16(), rtol=0, atol=0)
         if original.dim() == 2:
             blocks = original.unflatten(1, (-1, 32))
             step = blocks.abs().amax(-1, keepdim=True) / steps
