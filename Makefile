@@ -1,6 +1,7 @@
 # One virtual environment, made on first use and kept: a second run installs only if pyproject.toml changed.
 #   PYTHON       interpreters to try for the environment, in this order
 #   TORCH_INDEX  extra package index for PyTorch wheels (for example one with CPU-only builds); empty: the default index
+#   JOBS         test processes; each computes on one thread
 #   ARGS         further arguments for pytest
 
 SHELL       := /bin/bash
@@ -9,12 +10,14 @@ PYTHON      ?= python3 python3.14 python3.13 python3.12 python3.11
 TORCH_INDEX ?=
 PORT        ?= 8000
 ONCE        ?=
+JOBS        ?= 2
 ARGS        ?=
 
 # Threads that spin while they wait make two busy processes slow each other down several times over.
 export OMP_WAIT_POLICY ?= passive
 
 BIN     := $(VENV)/bin
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 INSTALL := $(BIN)/python -m pip --quiet --disable-pip-version-check install \
            $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
@@ -36,10 +39,10 @@ model: $(VENV)/.created ## fetch the small real model that the demo and some tes
 
 test: $(VENV)/.installed-dev ## run the tests, without those marked slow
 	@$(BIN)/python -m tools.fetch_model || echo "tests with the real model will be skipped"
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.installed-dev model ## run every test, with the real model
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 quality: $(VENV)/.installed-dev ## lint, formatting and types, as CI checks them
 	@$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 BEGIN, END = "<!-- tree: make tree -->", "<!-- /tree -->"
+SHOWN_FILES = ("Makefile", "Dockerfile", "docker-compose.yml", "CHANGELOG.md", ".ci/run")
 SHOWN = ("models/", "service/", "tests/", "tools/", "deploy/", "docs/")
 
 
@@ -19,7 +20,8 @@ def tracked_files() -> list[Path]:
     """Files that git tracks, or would track, under the shown folders and at the top level."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
-    return sorted(Path(name) for name in set(names) if name.startswith(SHOWN) and (ROOT / name).is_file())
+    paths = {Path(name) for name in names if name.startswith(SHOWN) or name in SHOWN_FILES}
+    return sorted((path for path in paths if (ROOT / path).is_file()), key=lambda path: (path.parent, path.name))
 
 
 def summary(path: Path) -> str:
@@ -27,7 +29,7 @@ def summary(path: Path) -> str:
     text = (ROOT / path).read_text(encoding="utf-8")
     if path.suffix == ".py":
         return (ast.get_docstring(ast.parse(text)) or "").split("\n", 1)[0]
-    match = re.search(r"^(?:#+|//|--)\s*(.+)$", text, re.MULTILINE)
+    match = re.search(r"^(?:#+|//|--) (.+)$", text, re.MULTILINE)
     if path.suffix == ".json":
         match = re.search(r'"(?:title|description)":\s*"([^"]+)"', text)
     return match.group(1) if match else ""
