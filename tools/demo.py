@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
     parser.add_argument("--once", action="store_true", help="end after the summary instead of serving on")
     parser.add_argument("--port", type=int, default=8000, help="port to serve on, or the next free one above it")
-    parser.add_argument("--num-sequences", type=int, default=28, help="calibration sequences of the build")
+    parser.add_argument("--num-sequences", type=int, default=14, help="calibration sequences of the build")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens per calibration sequence")
     return parser.parse_args()
 
@@ -177,7 +177,8 @@ def main() -> int:
     """Exit status: 0 when every step worked, 1 when one failed, 130 when interrupted before the summary."""
     options = parse_arguments()
     console = Console()
-    for signum in (signal.SIGTERM, signal.SIGHUP):
+    # SIGINT too: a shell that starts a job in the background has it ignored.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, interrupt)
     try:
         run(console, options)

@@ -3,24 +3,25 @@
 import torch
 
 from ..evaluate.perplexity import PerplexityResult, score_hidden, summarize
-from ..llama.config import LlamaConfig
+from ..llama.checkpoint import Checkpoint
 from ..llama.model import RMSNorm, head_logits
-from ..llama.weights import WeightSource
 from .stream import CalibrationStreams, HiddenStream
 
 
-def holdout_evaluation(
-    network: LlamaConfig, streams: CalibrationStreams, weights: WeightSource
-) -> dict[str, int | float]:
+def holdout_evaluation(checkpoint: Checkpoint, streams: CalibrationStreams) -> dict[str, int | float]:
     """What the artifact records about its quality; empty without a holdout.
+
+    Both are scored with the head as the artifact stores it, at 16 bits; 16-bit checkpoints lose nothing by it.
 
     Returns:
         dense_perplexity and quantized_perplexity over the holdout's num_tokens predictions.
     """
     if not streams.holdout_dense.hidden:
         return {}
-    norm = RMSNorm(weights.tensor("model.norm.weight"), network.rms_norm_eps)
-    head = weights.tensor("model.embed_tokens.weight" if network.tie_word_embeddings else "lm_head.weight")
+    network, device = checkpoint.config, streams.holdout_dense.hidden[0].device
+    norm = RMSNorm(checkpoint.tensor("model.norm.weight").to(device, torch.float32), network.rms_norm_eps)
+    head_name = "model.embed_tokens.weight" if network.tie_word_embeddings else "lm_head.weight"
+    head = checkpoint.tensor(head_name, narrow=True).to(device)
     dense = _score(streams.holdout_dense, norm, head)
     quantized = _score(streams.holdout_quantized, norm, head)
     return {

@@ -84,7 +84,7 @@ def build_artifact(
     with PeakMemory() as building:
         writer = ArtifactWriter(out, checkpoint.config, build_fingerprint(checkpoint, config, tokens), overwrite)
         dense = DenseWeights(checkpoint, torch.float32, device)
-        streams = CalibrationStreams.start(checkpoint.config, tokens, dense, config.calibration)
+        streams = CalibrationStreams.start(checkpoint, tokens, config.calibration, device)
         builder = LayerBuilder(config, reconstructor, dense, writer)
         num_resumed, num_layers = writer.finished_layers(), checkpoint.config.num_hidden_layers
         observer.phase("quantizing layers", num_layers)
@@ -92,7 +92,7 @@ def build_artifact(
             builder.step(index, streams, is_finished=index < num_resumed)
             return_freed_memory()
             observer.progress(index + 1)
-        evaluation = holdout_evaluation(checkpoint.config, streams, dense)
+        evaluation = holdout_evaluation(checkpoint, streams)
         manifest = _finish(writer, checkpoint, config, tokens, evaluation)
     return BuildReport(
         artifact=str(out),

@@ -10,10 +10,9 @@ from torch import Tensor
 from ..calibration.data import CalibrationTokens
 from ..config import CalibrationConfig
 from ..llama.batch import Batch
-from ..llama.config import LlamaConfig
+from ..llama.checkpoint import Checkpoint
 from ..llama.model import DecoderLayer, embed
 from ..llama.rope import RotaryEmbedding
-from ..llama.weights import WeightSource
 
 
 class HiddenStream:
@@ -76,11 +75,11 @@ class CalibrationStreams:
 
     @classmethod
     def start(
-        cls, network: LlamaConfig, tokens: CalibrationTokens, weights: WeightSource, config: CalibrationConfig
+        cls, checkpoint: Checkpoint, tokens: CalibrationTokens, config: CalibrationConfig, device: torch.device
     ) -> Self:
-        """Embed the calibration tokens; the embedding is released afterwards."""
-        embedding = weights.tensor("model.embed_tokens.weight")
-        rotary = RotaryEmbedding(network, embedding.device)
+        """Embed the calibration tokens, with the embedding as the artifact stores it; it is released afterwards."""
+        embedding = checkpoint.tensor("model.embed_tokens.weight", narrow=True).to(device)
+        rotary = RotaryEmbedding(checkpoint.config, device)
         statistics = HiddenStream.embed(tokens.statistics, embedding, config.batch_size, rotary)
         holdout = HiddenStream.embed(tokens.holdout, embedding, config.batch_size, rotary)
         return cls(statistics, holdout, holdout.copy(), config.inputs == "dense")

@@ -16,9 +16,11 @@ class DenseTerms:
 
     input_scale:   (in_features,) float32 or None
     channel_order: (in_features,) int32 or None
-    lora_up:       (out_features, rank) in the activation dtype, or None
-    lora_down:     (rank, in_features) in the activation dtype; None with a ``lora_up``: the first ``rank`` channels
+    lora_up:       (out_features, rank), or None
+    lora_down:     (rank, in_features); None with a ``lora_up``: the first ``rank`` channels
     bias:          (out_features,) in the activation dtype, or None
+    The factors are float32 on the CPU: for one row of a small layer, torch's bfloat16 products cost 160 microseconds
+    where its float32 ones cost 67. Elsewhere they have the activation dtype.
     """
 
     input_scale: Tensor | None
@@ -29,8 +31,9 @@ class DenseTerms:
 
     @classmethod
     def of(cls, weights: LinearWeights, device: torch.device, dtype: torch.dtype) -> Self:
-        """Move the terms of ``weights`` to ``device``, factors and bias in ``dtype``."""
+        """Move the terms of ``weights`` to ``device``, bias in ``dtype``."""
         correction = weights.correction
+        factor_dtype = torch.float32 if device.type == "cpu" else dtype
 
         def placed(tensor: Tensor | None, target: torch.dtype) -> Tensor | None:
             return None if tensor is None else tensor.to(device, target).contiguous()
@@ -38,8 +41,8 @@ class DenseTerms:
         return cls(
             input_scale=placed(weights.input_scale, torch.float32),
             channel_order=placed(weights.channel_order, torch.int32),
-            lora_up=placed(None if correction is None else correction.lora_up, dtype),
-            lora_down=placed(None if correction is None else correction.lora_down, dtype),
+            lora_up=placed(None if correction is None else correction.lora_up, factor_dtype),
+            lora_down=placed(None if correction is None else correction.lora_down, factor_dtype),
             bias=placed(weights.bias, dtype),
         )
 
@@ -66,5 +69,6 @@ class DenseTerms:
             product += self.bias
         if self.lora_up is None:
             return product
+        x = x.to(self.lora_up.dtype)
         reduced = x[:, : self.lora_up.shape[1]] if self.lora_down is None else F.linear(x, self.lora_down)
-        return product.addmm_(reduced, self.lora_up.T)
+        return product.add_(F.linear(reduced, self.lora_up))
