@@ -60,11 +60,13 @@ def _serve(options: dict[str, Any]) -> None:
         raise QerveError(f"{settings.artifact}: there is no such directory; make an artifact with `qerve build`")
     with bind(settings.host, settings.port) as listener:
         from models.artifact.load import load_artifact
+        from models.memory import return_freed_memory
 
         from .app import create_app
         from .server import DrainingServer
 
         loaded = load_artifact(settings.artifact, settings.torch_device, settings.torch_dtype, settings.backend)
         app = create_app(loaded, settings)
+        return_freed_memory()
         message = f"Serving {app.state.context.info.name} on {url_of(listener)} (Ctrl-C stops it)"
         DrainingServer(app, settings.log_level, lambda: typer.echo(message)).run(sockets=[listener])
