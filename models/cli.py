@@ -82,6 +82,7 @@ def build(
     """Quantize a checkpoint into an artifact."""
     from .build import build_artifact
     from .llama.checkpoint import open_checkpoint
+    from .memory import map_large_blocks
 
     settings = build_config(
         config,
@@ -96,6 +97,7 @@ def build(
             "seed": seed,
         },
     )
+    map_large_blocks()
     with RichObserver() as observer:
         report = build_artifact(
             open_checkpoint(checkpoint, revision), out, settings, device=device, overwrite=overwrite, observer=observer
