@@ -15,7 +15,6 @@ from rich.table import Table
 if TYPE_CHECKING:
     from .artifact.inspect import Inspection
     from .build import BuildReport
-    from .evaluate.perplexity import PerplexityResult
 
 MIB = 2**20
 WIDE = 120
@@ -107,33 +106,11 @@ def print_build_report(report: "BuildReport", *, as_json: bool) -> None:
         "time": f"{report.seconds:.1f} s",
         "peak memory": f"{_mib(report.peak_memory_bytes)} above start",
         "embedding + one layer + activations": _mib(report.memory_bound_bytes),
-        "peak memory, calibration tokens": f"{_mib(report.calibration_peak_bytes)} above start",
+        "peak memory, preparation": f"{_mib(report.preparation_peak_bytes)} above start",
     }
     if report.num_resumed_layers:
         rows["layers taken over"] = f"{report.num_resumed_layers} from an interrupted build"
     _print_rows(report.artifact, rows)
-
-
-def print_perplexity(model: str, dtype: str, result: "PerplexityResult", *, as_json: bool) -> None:
-    """The result of one evaluation."""
-    values: dict[str, object] = {
-        "model": model,
-        "perplexity": result.perplexity,
-        "nll": result.nll,
-        "num_tokens": result.num_tokens,
-        "num_windows": result.num_windows,
-        "dtype": dtype,
-    }
-    if as_json:
-        print_json(values)
-        return
-    rows = {
-        "perplexity": f"{result.perplexity:.4f}",
-        "nll": f"{result.nll:.6f} nats/token",
-        "scored": f"{result.num_tokens} tokens in {result.num_windows} windows",
-        "activations": dtype,
-    }
-    _print_rows(model, rows)
 
 
 def print_inspection(inspection: "Inspection", *, layers: bool, as_json: bool) -> None:

@@ -5,94 +5,108 @@ import json
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias, TypeVar
 
 import tomli_w
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import TypeAdapter, ValidationError, with_config
 
 from .errors import SchemeError
+from .scheme import STRICT, ActivationScheme, QuantScheme
 
-PER_CHANNEL = -1
-GROUP_SIZES = (PER_CHANNEL, 32, 64, 128)
-SCALE_BITS = 16
-
-FactorDtype = Literal["bfloat16", "float16", "float32"]
-_STRICT = ConfigDict(extra="forbid")
+FactorDtype = Literal["bfloat16", "float16", "float32", "int8", "int4", "mxint8", "mxint6", "mxint4"]
+Option: TypeAlias = bool | int | float | str
+_T = TypeVar("_T")
 
 
-@with_config(_STRICT)
+@with_config(STRICT)
 @dataclass(frozen=True, slots=True)
-class QuantScheme:
-    """Uniform integer format of one weight matrix.
+class QuantizerConfig:
+    """The base quantizer: how codes are chosen.
 
-    num_bits:     2..8
-    group_size:   consecutive input channels that share a scale; -1: the whole row (per output channel)
-    is_symmetric: codes are centred on ``2**(num_bits - 1)`` and no zero point is stored
+    method:          ``rtn`` rounds to nearest, ``gptq`` lets later input channels make up for the rounding of earlier
+        ones (arXiv 2210.17323)
+    use_clip_search: the grid of each group is the one with the least output error, not the one that spans the group
+    use_act_order:   gptq takes input channels in the order of falling mean square, with the grids fixed beforehand
+    damping:         gptq adds this share of the mean diagonal to the diagonal of its Hessian
     """
 
-    num_bits: int = 4
-    group_size: int = 64
-    is_symmetric: bool = False
+    method: Literal["rtn", "gptq"] = "rtn"
+    use_clip_search: bool = False
+    use_act_order: bool = False
+    damping: float = 0.01
 
     def __post_init__(self) -> None:
-        if not 2 <= self.num_bits <= 8:
-            raise SchemeError(f"num_bits is {self.num_bits}; choose 2 to 8")
-        if self.group_size not in GROUP_SIZES:
-            raise SchemeError(f"group_size is {self.group_size}; choose one of {GROUP_SIZES} (-1: one scale per row)")
-
-    @property
-    def max_code(self) -> int:
-        """Largest stored code: codes run from 0 to ``2**num_bits - 1``."""
-        return (1 << self.num_bits) - 1
-
-    def group_length(self, in_features: int) -> int:
-        """Input channels per scale in a row of ``in_features``."""
-        return in_features if self.group_size == PER_CHANNEL else self.group_size
-
-    def num_groups(self, in_features: int) -> int:
-        """Scales per row of ``in_features``."""
-        return in_features // self.group_length(in_features)
-
-    def check(self, in_features: int, where: str) -> None:
-        """Raise SchemeError, naming the layer ``where``, when the groups do not tile a row of ``in_features``."""
-        length = self.group_length(in_features)
-        if in_features % length:
-            fitting = [size for size in GROUP_SIZES if size == PER_CHANNEL or in_features % size == 0]
-            raise SchemeError(
-                f"{where}: group_size {length} does not divide its {in_features} input channels; "
-                f"choose one of {fitting} (-1: one scale per row)"
-            )
-
-    def weight_bits(self, in_features: int) -> float:
-        """Stored bits per weight: codes, scales and zero points."""
-        zero_point_bits = 0 if self.is_symmetric else self.num_bits
-        return self.num_bits + (SCALE_BITS + zero_point_bits) / self.group_length(in_features)
+        if not 0 <= self.damping <= 1:
+            raise SchemeError(f"quantizer damping is {self.damping}; choose 0 to 1")
+        if self.use_act_order and self.method != "gptq":
+            raise SchemeError("use_act_order is an option of quantizer gptq; choose that method or leave it out")
 
 
-@with_config(_STRICT)
+@with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class ReconstructConfig:
-    """Which reconstruction method corrects the quantization error, and how large the correction is."""
+    """Which reconstruction method corrects the quantization error, and how large the correction is.
+
+    factor_dtype: how the factors are stored; ``int8`` has one scale per rank, ``int4`` and the ``mxint`` ones have
+        groups of 32 along the features
+    refit:        the correction is fitted once more by reduced-rank regression to the outputs of the dense layer from
+        the quantized inputs
+    options:      of the method, by name
+    """
 
     method: str = "qera-exact"
     rank: int = 32
     factor_dtype: FactorDtype = "bfloat16"
+    refit: bool = False
+    options: dict[str, Option] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise SchemeError(f"rank is {self.rank}; choose 0 (no correction) or more")
 
 
-@with_config(_STRICT)
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
+class TransformConfig:
+    """Rewrites of the network that leave its function as it is and make its weights and activations easier to quantize.
+
+    flatten:        divide each input channel by its largest magnitude to this power (and multiply it by the weight's to
+        1 minus it), folded into the layer before: SmoothQuant (arXiv 2211.10438), with 1 SERQ's; None: not at all
+    permute:        order the hidden channels of the MLP by the size of the activations, folded into gate, up and down
+    rotation:       ``online``: a Hadamard transform of every linear layer's input while serving. ``offline``: of the
+        residual stream and the value heads, folded into the weights (QuaRot, arXiv 2404.00456), and online only
+        before down_proj; a tied head is untied
+    rotation_block: width of the Hadamard blocks; 0: the whole width, where it has a known Hadamard matrix
+    """
+
+    flatten: float | None = None
+    permute: bool = False
+    rotation: Literal["none", "online", "offline"] = "none"
+    rotation_block: int = 0
+
+    def __post_init__(self) -> None:
+        if self.flatten is not None and not 0 <= self.flatten <= 1:
+            raise SchemeError(f"transform flatten is {self.flatten}; choose 0 to 1")
+        if self.rotation_block < 0 or self.rotation_block & (self.rotation_block - 1):
+            raise SchemeError(
+                f"rotation_block is {self.rotation_block}; choose a power of two, or 0 for the whole width"
+            )
+        if self.rotation == "offline" and self.flatten is not None:
+            raise SchemeError("flatten with rotation offline: folding the scales undoes the rotation; use one of them")
+
+
+@with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class CalibrationConfig:
     """Where the calibration tokens come from and how statistics are taken.
 
     source: ``self`` (text which the model itself writes, seeded), a path (.txt, .jsonl, .json of token ids,
         .safetensors with ``token_ids``), or ``hf:DATASET[:CONFIG][:SPLIT]`` (downloaded when online)
-    inputs: ``quantized``: each layer sees what the quantized layers before it produce; ``dense``: what the
-        dense ones produce
+    inputs: ``quantized``: each layer sees what the quantized layers before it produce; ``sequential``: each linear
+        layer does, those before it in the same decoder layer included (four passes instead of one); ``dense``: what
+        the dense ones produce
     num_holdout: sequences kept apart from the statistics, on which the build measures perplexity
+    num_gradient_sequences: sequences of which gradients are taken, where something needs them
     """
 
     source: str = "self"
@@ -100,27 +114,75 @@ class CalibrationConfig:
     sequence_length: int = 2048
     batch_size: int = 2
     num_holdout: int = 4
-    inputs: Literal["quantized", "dense"] = "quantized"
+    inputs: Literal["quantized", "sequential", "dense"] = "quantized"
+    num_gradient_sequences: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("num_sequences", 1), ("sequence_length", 2), ("batch_size", 1), ("num_holdout", 0)):
-            if getattr(self, name) < least:
-                raise SchemeError(f"calibration {name} is {getattr(self, name)}; choose {least} or more")
+        least = {
+            "num_sequences": 1, "sequence_length": 2, "batch_size": 1, "num_holdout": 0, "num_gradient_sequences": 1
+        }  # fmt: skip
+        for name, smallest in least.items():
+            if getattr(self, name) < smallest:
+                raise SchemeError(f"calibration {name} is {getattr(self, name)}; choose {smallest} or more")
 
 
-@with_config(_STRICT)
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
+class LayerConfig:
+    """What one linear layer has of its own, in place of the build's; None: as the build."""
+
+    num_bits: int | None = None
+    group_size: int | None = None
+    rank: int | None = None
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
+class BudgetConfig:
+    """Bits and rank of each linear layer chosen so that all of them together take ``target_bits`` per weight.
+
+    target_bits: effective bits per weight over the linear layers: codes, scales, zero points and factors
+    num_bits:    widths to choose from
+    max_rank:    largest rank to choose; 0: widths only
+    """
+
+    target_bits: float
+    num_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+    max_rank: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.num_bits or not all(2 <= width <= 8 for width in self.num_bits):
+            raise SchemeError(f"budget num_bits are {list(self.num_bits)}; choose widths from 2 to 8")
+        if self.max_rank < 0:
+            raise SchemeError(f"budget max_rank is {self.max_rank}; choose 0 or more")
+
+
+@with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class BuildConfig:
-    """Everything that decides the bytes of an artifact, apart from the checkpoint itself."""
+    """Everything that decides the bytes of an artifact, apart from the checkpoint itself.
+
+    activations: how the inputs of linear layers are quantized while serving; None: not at all
+    objective:   what the codes stand in for. ``weight``: the dense weight. ``output``: the weight which, from the
+        inputs of the quantized network, comes closest to what the dense network's layer puts out (GPTAQ's objective,
+        arXiv 2504.02692)
+    budget:      None: the scheme and rank below for every layer
+    layers:      exceptions, by the module path of the linear layer
+    """
 
     scheme: QuantScheme = field(default_factory=QuantScheme)
-    quantizer: str = "rtn"
+    activations: ActivationScheme | None = None
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
+    transform: TransformConfig = field(default_factory=TransformConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    objective: Literal["weight", "output"] = "weight"
+    budget: BudgetConfig | None = None
+    layers: dict[str, LayerConfig] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict: JSON and TOML can both write it."""
+        """Plain nested dict, for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -130,16 +192,7 @@ class BuildConfig:
         Raises:
             SchemeError: an unknown key, a wrong type or a value out of range, with its place in ``where``.
         """
-        try:
-            # As JSON, because strict validation takes a dict for a dataclass only there.
-            return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
-        except SchemeError as error:
-            raise SchemeError(f"{where}: {error}") from error
-        except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'top level'}: {e['msg']}" for e in error.errors())
-            raise SchemeError(f"{where}: {problems}") from error
-        except (TypeError, ValueError) as error:
-            raise SchemeError(f"{where}: holds a value that is not plain data: {error}") from error
+        return from_plain(cls, values, where)
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -148,15 +201,51 @@ class BuildConfig:
         Raises:
             SchemeError: the file is missing, not well formed, or does not validate.
         """
-        try:
-            text = path.read_text(encoding="utf-8")
-            values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-        except (OSError, ValueError) as error:
-            raise SchemeError(f"{path}: cannot be read as a build configuration: {error}") from error
-        return cls.from_dict(values, str(path))
+        return cls.from_dict(read_plain(path), str(path))
 
     def write(self, path: Path) -> None:
         """Write ``path`` (.toml or .json); ``read`` gives back an equal object."""
         values = self.to_dict()
-        text = tomli_w.dumps(values) if path.suffix == ".toml" else json.dumps(values, indent=2) + "\n"
+        is_toml = path.suffix == ".toml"
+        text = tomli_w.dumps(_without_none(values)) if is_toml else json.dumps(values, indent=2) + "\n"
         path.write_text(text, encoding="utf-8")
+
+
+def from_plain(cls: type[_T], values: object, where: str) -> _T:
+    """``values`` (of JSON or TOML) as the frozen dataclass ``cls``.
+
+    Raises:
+        SchemeError: an unknown key, a wrong type or a value out of range, with its place in ``where``.
+    """
+    try:
+        # As JSON, because strict validation takes a dict for a dataclass only there.
+        return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
+    except SchemeError as error:
+        raise SchemeError(f"{where}: {error}") from error
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'top level'}: {e['msg']}" for e in error.errors())
+        raise SchemeError(f"{where}: {problems}") from error
+    except (TypeError, ValueError) as error:
+        raise SchemeError(f"{where}: holds a value that is not plain data: {error}") from error
+
+
+def read_plain(path: Path) -> object:
+    """The content of ``path`` (.toml or .json).
+
+    Raises:
+        SchemeError: it is missing or not well formed.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise SchemeError(f"{path}: cannot be read as a configuration: {error}") from error
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    """TOML has no null: what is None is left out, and read back as the default, which is None."""
+    return {
+        name: _without_none(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+        if value is not None
+    }

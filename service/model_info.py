@@ -3,9 +3,10 @@
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from models.artifact.describe import describe_budget, describe_quantizer, describe_scheme, describe_transform
 from models.artifact.format import FORMAT, Manifest
 from models.kernels.base import Selection
 
@@ -39,10 +40,7 @@ class ModelInfo:
     def schemes(self) -> list[dict[str, Any]]:
         """The distinct weight formats, the most used first."""
         counts = Counter(record.scheme for record in self.manifest.linears.values())
-        return [
-            {"num_bits": s.num_bits, "group_size": s.group_size, "is_symmetric": s.is_symmetric}
-            for s, _ in counts.most_common()
-        ]
+        return [asdict(scheme) for scheme, _ in counts.most_common()]
 
     def listing(self) -> dict[str, Any]:
         """The model as OpenAI clients list it."""
@@ -58,15 +56,19 @@ class ModelInfo:
 
     def card(self) -> dict[str, Any]:
         """``listing`` with how the model was made and how it is run."""
-        manifest = self.manifest
+        manifest, build = self.manifest, self.manifest.build
         return {
             **self.listing(),
             "artifact": {
                 "format": FORMAT,
                 "sha256": manifest.manifest_sha256,
                 "qerve_version": manifest.qerve_version,
-                "method": manifest.build.reconstruct.method,
-                "quantizer": manifest.build.quantizer,
+                "method": build.reconstruct.method,
+                "quantizer": describe_quantizer(build.quantizer),
+                "activations": None if build.activations is None else describe_scheme(build.activations),
+                "transform": describe_transform(build.transform),
+                "objective": build.objective,
+                "budget": None if build.budget is None else describe_budget(build.budget),
                 "rank": self.rank,
                 "schemes": self.schemes,
                 "effective_bits": manifest.effective_bits,

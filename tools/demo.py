@@ -70,7 +70,7 @@ def build(checkpoint: Path, artifact: Path, options: argparse.Namespace) -> Rows
         raise DemoError(f"the build failed with exit status {code}: {' '.join(command)}")
     report = json.loads(BUILD_REPORT.read_text(encoding="utf-8"))
     peak, bound = report["peak_memory_bytes"] / MIB, report["memory_bound_bytes"] / MIB
-    writing = report["calibration_peak_bytes"] / MIB
+    writing = report["preparation_peak_bytes"] / MIB
     return [
         ("build time", f"{report['seconds']:.0f} s"),
         ("build memory", f"{peak:.0f} MiB above start (embedding, one layer and activations: {bound:.0f} MiB)"),

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from ..config import BuildConfig
 from ..errors import ArtifactError
 from ..llama.config import LlamaConfig
+from ..quant.factors import FLOAT_FACTORS
 from .format import (
     CONFIG_FILE,
-    FACTOR_DTYPES,
     FILE_NAME_PATTERN,
     FORMAT,
     GENERATION_CONFIG_FILE,
@@ -21,18 +21,16 @@ from .format import (
     RESERVED_FILES,
     Component,
     FileRecord,
-    LinearRecord,
     Manifest,
-    Record,
     TensorName,
     TensorRecord,
-    first_problem,
     qerve_version,
     self_hash,
     shard_name,
 )
-from .jsonio import readable_json
+from .jsonio import first_problem, readable_json
 from .layout import ExpectedTensor, StoredTensor, TensorError, expected_layer, expected_rest
+from .record import LinearRecord, Record
 
 DENSE_BYTES_PER_PARAMETER = 2
 
@@ -76,9 +74,10 @@ def record_bits(record: LinearRecord) -> float:
     """Effective bits of one linear layer as its record implies them: ``LinearWeights.effective_bits``."""
     bits = record.scheme.weight_bits(record.in_features)
     if record.factor_dtype is not None:
-        num_channels = record.out_features + (record.in_features if record.lora_form == "two-factor" else 0)
-        itemsize = next(dtype.itemsize for dtype, name in FACTOR_DTYPES.items() if name == record.factor_dtype)
-        bits += 8 * itemsize * record.rank * num_channels / (record.out_features * record.in_features)
+        dtype = FLOAT_FACTORS.get(record.factor_dtype)
+        itemsize = 0 if dtype is None else dtype.itemsize
+        factors = sum(factor.num_stored_bits(itemsize) for factor in record.factors.values())
+        bits += factors / (record.out_features * record.in_features)
     return bits
 
 
@@ -94,7 +93,7 @@ def dense_bytes(config: LlamaConfig) -> int:
     return DENSE_BYTES_PER_PARAMETER * config.num_parameters
 
 
-def hugging_face_files(
+def plain_files(
     hf_config: Mapping[str, Any], generation_config: Mapping[str, Any], tokenizer_files: Mapping[str, bytes]
 ) -> dict[str, bytes]:
     """Content by file name.

@@ -2,6 +2,7 @@
 
     NAME/
       quantization.json                 the manifest: records, sizes, sha256 of every other file and of every tensor
+      report.html                       how it was built, for people; optional
       config.json generation_config.json tokenizer.json ...      as Hugging Face spells them
       model.safetensors.index.json      tensor -> shard, as Hugging Face spells it
       model-00001-of-000NN.safetensors  decoder layer 0
@@ -14,10 +15,13 @@ Tensors of a linear layer, named by its Hugging Face module path and one of
 
     weight_packed      uint8 (out_features, ceil(in_features * num_bits / 8)): codes, a little-endian bit stream along
                        in_features, lowest element in the lowest bits
-    weight_scale       float16 (out_features, num_groups)
+    weight_scale       (out_features, num_groups): float16, or for powers of two their exponents as uint8 e, for
+                       2**(e - 127) (E8M0 of OCP Microscaling, 1 to 254)
     weight_zero_point  uint8 (num_groups, ceil(out_features * num_bits / 8)): zero points at num_bits each, packed as
                        the codes are but along out_features, which a byte divides even with one group per row
-    lora_up            (out_features, rank), lora_down (rank, in_features): bfloat16, float16 or float32
+    lora_up            (out_features, rank), lora_down (rank, in_features): bfloat16, float16 or float32. Quantized ones
+                       are lora_up_packed, lora_up_scale, lora_down_packed and lora_down_scale, as the weight is,
+                       lora_up as (rank, out_features) unless it stands alone
     input_scale        (in_features,), channel_order int32 (in_features,), bias (out_features,)
 
 Every other tensor keeps its Hugging Face name and the floating-point type it was given in.
@@ -26,35 +30,25 @@ Equal inputs give equal bytes: no times, no paths, sorted keys.
 
 import hashlib
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-import torch
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-    model_validator,
-)
+from pydantic import Field, StringConstraints
 
-from ..config import BuildConfig, FactorDtype, QuantScheme
-from ..errors import ArtifactError, SchemeError
-from ..types import LinearWeights
+from ..config import BuildConfig
 from .jsonio import canonical_json, tabular_json
+from .record import Count, LinearRecord, Record, Size
 
 FORMAT = "qerve-1"
 MANIFEST_FILE = "quantization.json"
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 INDEX_FILE = "model.safetensors.index.json"
-RESERVED_FILES = frozenset((MANIFEST_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE))
+REPORT_FILE = "report.html"
+RESERVED_FILES = frozenset((MANIFEST_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, REPORT_FILE))
 PICKLE_SUFFIXES = frozenset((".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"))
 
 MAX_JSON_BYTES = 64 << 20
-"""Upper bound of the manifest and of each configuration or tokenizer file; the largest known tokenizer takes 35 MB."""
+"""Upper bound of every file but the shards; the largest known tokenizer takes 35 MB."""
 
 FILE_NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}"
 """No separators, nothing hidden: a name can lead nowhere but into the directory."""
@@ -62,23 +56,8 @@ FILE_NAME_PATTERN = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}"
 FileName = Annotated[str, StringConstraints(pattern=f"^{FILE_NAME_PATTERN}$")]
 TensorName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]+$", max_length=300)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0)]
-Size = Annotated[int, Field(ge=1)]
 DtypeName = Literal["F32", "F16", "BF16", "I32", "U8"]
-LoraForm = Literal["none", "two-factor", "single-factor"]
 Component = Literal["packed", "scale", "zero_point", "lora_up", "lora_down", "unquantized"]
-
-FACTOR_DTYPES: dict[torch.dtype, FactorDtype] = {
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float32: "float32",
-}
-
-
-class Record(BaseModel):
-    """Base of everything in the manifest: immutable, no unknown fields, no conversions, no NaN."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class FileRecord(Record):
@@ -97,89 +76,10 @@ class TensorRecord(Record):
     sha256: Sha256
 
 
-def _located(value: object, handler: ValidatorFunctionWrapHandler) -> object:
-    """Let pydantic say in which record a scheme is impossible: it adds the place to a ValueError only."""
-    try:
-        return handler(value)
-    except SchemeError as error:
-        raise ValueError(str(error)) from error
-
-
-class LinearRecord(Record):
-    """What one quantized linear layer consists of, and how well it stands for the dense one.
-
-    lora_form:             ``single-factor``: no lora_down, the correction reads the first ``rank`` channels (SERQ)
-    relative_weight_error: ``|W - W'| / |W|`` (Frobenius) with W' the quantized weight and its correction
-    relative_output_error: the same of the layer's outputs over the calibration inputs; None: not calibrated
-    effective_bits:        stored bits per weight, as ``LinearWeights.effective_bits``
-    """
-
-    scheme: Annotated[QuantScheme, WrapValidator(_located)]
-    in_features: Size
-    out_features: Size
-    rank: Count
-    lora_form: LoraForm
-    factor_dtype: FactorDtype | None
-    has_bias: bool
-    has_input_scale: bool
-    has_channel_order: bool
-    relative_weight_error: Annotated[float, Field(ge=0)]
-    relative_output_error: Annotated[float, Field(ge=0)] | None
-    effective_bits: Annotated[float, Field(gt=0)]
-
-    @model_validator(mode="after")
-    def _is_consistent(self) -> Self:
-        if self.in_features % self.scheme.group_length(self.in_features):
-            raise ValueError(f"groups of {self.scheme.group_size} do not divide {self.in_features} input channels")
-        if (self.rank == 0) != (self.lora_form == "none") or (self.rank == 0) != (self.factor_dtype is None):
-            raise ValueError(f"rank {self.rank}, form {self.lora_form} and type {self.factor_dtype} contradict")
-        return self
-
-    @classmethod
-    def of(
-        cls, weights: LinearWeights, relative_weight_error: float, relative_output_error: float | None = None
-    ) -> Self:
-        """The record of ``weights``. A correction of rank 0 is no correction.
-
-        Raises:
-            ArtifactError: the two factors differ in type, have one that the format does not store, or an error is not
-                a finite number.
-        """
-        quantized, correction = weights.quantized, weights.correction
-        rank = 0 if correction is None else correction.rank
-        form: LoraForm = "none"
-        factor_dtype: FactorDtype | None = None
-        if correction is not None and rank > 0:
-            form = "single-factor" if correction.lora_down is None else "two-factor"
-            dtypes = {factor.dtype for factor in (correction.lora_up, correction.lora_down) if factor is not None}
-            if len(dtypes) > 1 or not dtypes <= FACTOR_DTYPES.keys():
-                names = sorted(map(str, dtypes))
-                raise ArtifactError(
-                    f"low-rank factors of type {names}: give both one of {sorted(FACTOR_DTYPES.values())}"
-                )
-            factor_dtype = FACTOR_DTYPES[dtypes.pop()]
-        values: dict[str, Any] = {
-            "scheme": quantized.scheme,
-            "in_features": quantized.in_features,
-            "out_features": quantized.out_features,
-            "rank": rank,
-            "lora_form": form,
-            "factor_dtype": factor_dtype,
-            "has_bias": weights.bias is not None,
-            "has_input_scale": weights.input_scale is not None,
-            "has_channel_order": weights.channel_order is not None,
-            "relative_weight_error": relative_weight_error,
-            "relative_output_error": relative_output_error,
-            "effective_bits": weights.effective_bits,
-        }
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            raise ArtifactError(f"a linear layer cannot be recorded: {first_problem(error)}") from error
-
-
 class Manifest(Record):
     """``quantization.json``: what the artifact is, how it was made, and what vouches for every byte of it.
+
+    Reading one raises SchemeError, beside pydantic's error, when ``build`` asks for what cannot be.
 
     linears:         per module path; this is the build's per-layer report
     tensors:         per tensor name
@@ -193,7 +93,7 @@ class Manifest(Record):
 
     format: Literal["qerve-1"]
     qerve_version: str
-    build: Annotated[BuildConfig, WrapValidator(_located)]
+    build: BuildConfig
     checkpoint_fingerprint: str
     calibration_fingerprint: str | None
     linears: dict[TensorName, LinearRecord]
@@ -212,7 +112,7 @@ class Manifest(Record):
 
     @property
     def tokenizer_files(self) -> tuple[str, ...]:
-        """Names of the files that are neither configuration, index nor shard."""
+        """Names of the files that are neither configuration, index, report nor shard."""
         return tuple(sorted(self.files.keys() - RESERVED_FILES - set(self.shards)))
 
     @property
@@ -230,12 +130,6 @@ class Manifest(Record):
     def to_bytes(self) -> bytes:
         """The file's content."""
         return tabular_json(self.model_dump(mode="json"))
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first of pydantic's findings in one line: its place, spelled safely, and what is wrong."""
-    finding = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, finding['loc']))!r}: {finding['msg']}"
 
 
 def self_hash(values: dict[str, Any]) -> str:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from ..config import PER_CHANNEL, BuildConfig
 from ..device import default_dtype
 from ..kernels import get_backends
 from ..kernels.base import LinearSpec, Selection, select_backend
-from .format import LinearRecord, Manifest
+from .describe import describe_build, describe_scheme
+from .format import Manifest
 from .reader import ArtifactReader
+from .record import LinearRecord
 
 MIB = 2**20
 
@@ -44,7 +45,8 @@ class Inspection:
     def summary_rows(self) -> dict[str, str]:
         """Name -> value of the summary table."""
         manifest = self.manifest
-        rows = {"format": f"{manifest.format}, built by qerve {manifest.qerve_version}"} | _build_rows(manifest.build)
+        rows = {"format": f"{manifest.format}, built by qerve {manifest.qerve_version}"}
+        rows |= describe_build(manifest.build) | self._scheme_rows()
         rows["effective bits per weight"] = f"{manifest.effective_bits:.3f}"
         rows["size"] = f"{manifest.artifact_bytes / MIB:.1f} MiB (dense 16-bit: {manifest.dense_bytes / MIB:.1f} MiB)"
         rows |= {f"  {name}": f"{size / MIB:.1f} MiB" for name, size in manifest.component_bytes.items() if size}
@@ -56,6 +58,13 @@ class Inspection:
             name, why = reason.split(": ", 1)
             rows[f"not {name}"] = f"{count} linear layers: {why}"
         return rows | {"manifest sha256": manifest.manifest_sha256}
+
+    def _scheme_rows(self) -> dict[str, str]:
+        """Number of linear layers by format, where they differ."""
+        counts = Counter(describe_scheme(record.scheme) for record in self.manifest.linears.values())
+        if len(counts) == 1:
+            return {}
+        return {f"  {name}": f"{count} linear layers" for name, count in counts.most_common()}
 
     def layer_rows(self) -> list[tuple[str, ...]]:
         """One row per linear layer: path, bits, group, rank, effective bits, weight and output error, backend."""
@@ -80,18 +89,6 @@ def inspect_artifact(path: Path, device: str, is_verified: bool) -> Inspection:
         return Inspection(path, reader.manifest, selections, dtype)
 
 
-def _build_rows(build: BuildConfig) -> dict[str, str]:
-    scheme, correction, calibration = build.scheme, build.reconstruct, build.calibration
-    group = "per channel" if scheme.group_size == PER_CHANNEL else f"group {scheme.group_size}"
-    symmetry = "symmetric" if scheme.is_symmetric else "asymmetric"
-    return {
-        "weights": f"INT{scheme.num_bits} {symmetry}, {group}, {build.quantizer}",
-        "correction": f"{correction.method}, rank {correction.rank}, {correction.factor_dtype}",
-        "calibration": f"{calibration.source}, {calibration.num_sequences} x {calibration.sequence_length} tokens, "
-        f"{calibration.inputs} inputs",
-    }
-
-
 def _spec(record: LinearRecord, device: torch.device, dtype: torch.dtype) -> LinearSpec:
     return LinearSpec(
         scheme=record.scheme,
@@ -102,15 +99,18 @@ def _spec(record: LinearRecord, device: torch.device, dtype: torch.dtype) -> Lin
         has_channel_order=record.has_channel_order,
         device=device,
         dtype=dtype,
+        rotation_block=record.rotation_block,
+        activations=record.activations,
     )
 
 
 def _layer_row(path: str, record: LinearRecord, selection: Selection) -> tuple[str, ...]:
-    output_error = record.relative_output_error
+    output_error, scheme = record.relative_output_error, record.scheme
+    width = str(scheme.num_bits)
     return (
         path.removeprefix("model."),
-        str(record.scheme.num_bits),
-        str(record.scheme.group_size),
+        {"int": width, "mxint": f"mxint{width}"}.get(scheme.format, scheme.format),
+        str(scheme.group_size),
         str(record.rank),
         f"{record.effective_bits:.3f}",
         f"{record.relative_weight_error:.4f}",

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ..errors import ArtifactError
 
 
@@ -16,6 +18,12 @@ def damaged(file: Path, problem: str, tensor: str | None = None) -> ArtifactErro
     """
     where = f"{file}: " if tensor is None else f"{file}: tensor {tensor}: "
     return ArtifactError(f"{where}{problem}; the artifact is damaged: copy or download it again, or rebuild it")
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first of pydantic's findings in one line: its place, spelled safely, and what is wrong."""
+    finding = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, finding['loc']))!r}: {finding['msg']}"
 
 
 def canonical_json(values: object) -> bytes:

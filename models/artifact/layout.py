@@ -5,10 +5,15 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config import FactorDtype
 from ..errors import ArtifactError
 from ..llama.config import LlamaConfig
+from ..quant.factors import FLOAT_FACTORS
 from ..quant.packing import packed_columns
-from .format import FACTOR_DTYPES, Component, DtypeName, LinearRecord, shard_name
+from ..scheme import QuantScheme
+from .factors import FactorShape
+from .format import Component, DtypeName, shard_name
+from .record import LinearRecord
 
 DTYPES: dict[DtypeName, torch.dtype] = {
     "F32": torch.float32,
@@ -105,21 +110,19 @@ def expected_linear(path: str, record: LinearRecord, file: str) -> dict[str, Exp
     """Tensors of the linear layer ``path`` by name."""
     rows, columns, scheme = record.out_features, record.in_features, record.scheme
     bits, groups = scheme.num_bits, scheme.num_groups(columns)
-    factor = frozenset(DTYPE_NAMES[dtype] for dtype, name in FACTOR_DTYPES.items() if name == record.factor_dtype)
 
     def tensor(shape: tuple[int, ...], dtypes: frozenset[DtypeName], component: Component) -> ExpectedTensor:
         return ExpectedTensor(shape, dtypes, file, component)
 
     tensors = {
         "weight_packed": tensor((rows, packed_columns(columns, bits)), U8, "packed"),
-        "weight_scale": tensor((rows, groups), frozenset(("F16",)), "scale"),
+        "weight_scale": tensor((rows, groups), _scale_dtypes(scheme), "scale"),
     }
     if not scheme.is_symmetric:
         tensors["weight_zero_point"] = tensor((groups, packed_columns(rows, bits)), U8, "zero_point")
-    if record.lora_form != "none":
-        tensors["lora_up"] = tensor((rows, record.rank), factor, "lora_up")
-    if record.lora_form == "two-factor":
-        tensors["lora_down"] = tensor((record.rank, columns), factor, "lora_down")
+    for name, factor in record.factors.items():
+        for part, (shape, dtypes) in _expected_factor(factor, record.factor_dtype).items():
+            tensors[f"{name}{part}"] = tensor(shape, dtypes, "lora_up" if name == "lora_up" else "lora_down")
     if record.has_input_scale:
         tensors["input_scale"] = tensor((columns,), FLOATS, "unquantized")
     if record.has_channel_order:
@@ -155,6 +158,24 @@ def check_names(found: Iterable[str], expected: Iterable[str], kind: str) -> Non
         raise TensorError(min(missing), f"this {kind} is missing")
     if extra:
         raise TensorError(repr(min(extra)), f"this {kind} does not belong here")
+
+
+def _expected_factor(
+    factor: FactorShape, factor_dtype: FactorDtype | None
+) -> dict[str, tuple[tuple[int, int], frozenset[DtypeName]]]:
+    """Shape and types of a factor's tensors, by what is appended to its name."""
+    scheme = factor.scheme
+    if scheme is None:
+        dtypes = frozenset(DTYPE_NAMES[dtype] for name, dtype in FLOAT_FACTORS.items() if name == factor_dtype)
+        return {"": ((factor.rows, factor.columns), dtypes)}
+    return {
+        "_packed": ((factor.rows, packed_columns(factor.columns, scheme.num_bits)), U8),
+        "_scale": ((factor.rows, scheme.num_groups(factor.columns)), _scale_dtypes(scheme)),
+    }
+
+
+def _scale_dtypes(scheme: QuantScheme) -> frozenset[DtypeName]:
+    return U8 if scheme.has_exponent_scale else frozenset(("F16",))
 
 
 def _expected_unquantized(shapes: Mapping[str, tuple[int, ...]], file: str) -> dict[str, ExpectedTensor]:

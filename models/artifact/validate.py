@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import ArtifactError, CheckpointError
+from ..errors import ArtifactError, CheckpointError, SchemeError
 from ..llama.config import LlamaConfig
 from .assemble import component_bytes, dense_bytes, effective_bits, expected_tensors, index_bytes, record_bits
 from .files import record_of
@@ -29,11 +29,10 @@ from .format import (
     PICKLE_SUFFIXES,
     Manifest,
     TensorRecord,
-    first_problem,
     self_hash,
     shard_name,
 )
-from .jsonio import damaged, parse_json_object, tabular_json
+from .jsonio import damaged, first_problem, parse_json_object, tabular_json
 from .layout import StoredTensor, TensorError, check_names, check_tensors
 from .shard import Shard
 
@@ -100,6 +99,8 @@ def read_manifest(root: Path, sizes: Mapping[str, int]) -> Manifest:
         manifest = Manifest.model_validate_json(data, strict=True)
     except ValidationError as error:
         raise damaged(file, first_problem(error)) from None
+    except SchemeError as error:
+        raise damaged(file, f"'build': {error}") from None
     _check_files(manifest, root, sizes)
     return manifest
 

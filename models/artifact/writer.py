@@ -6,7 +6,8 @@
 An artifact that bears its final name is whole, and has been opened and verified by ``ArtifactReader``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,18 @@ from ..config import BuildConfig
 from ..errors import ArtifactError
 from ..llama.config import LlamaConfig
 from ..types import LinearWeights
-from .assemble import ShardProgress, build_manifest, hugging_face_files, index_bytes
+from .assemble import ShardProgress, build_manifest, index_bytes, plain_files
 from .files import hash_file, write_bytes
-from .format import FORMAT, INDEX_FILE, MANIFEST_FILE, FileRecord, LinearRecord, Manifest, qerve_version, shard_name
+from .format import (
+    FORMAT,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    REPORT_FILE,
+    FileRecord,
+    Manifest,
+    qerve_version,
+    shard_name,
+)
 from .jsonio import canonical_json
 from .layout import (
     DTYPE_NAMES,
@@ -33,6 +43,7 @@ from .layout import (
 from .linear import check_finite, decode_linear, encode_linear
 from .partial import PartialDirectory
 from .reader import ArtifactReader
+from .record import LinearRecord
 from .shard import Shard, write_shard
 
 
@@ -111,30 +122,36 @@ class ArtifactWriter:
         checkpoint_fingerprint: str,
         calibration_fingerprint: str | None,
         evaluation: Mapping[str, int | float],
+        report: Callable[[Manifest], bytes] | None = None,
     ) -> Manifest:
         """Write everything else, verify the whole artifact, and give it its name.
 
-        Nothing that differs between two equal builds (times, paths) may go into ``evaluation``.
+        Nothing that differs between two equal builds (times, paths) may go into ``evaluation``. ``report`` makes an
+        HTML page for people of the manifest as it is without that page; None: there is none.
 
         Raises:
             ArtifactError: a layer is missing, a file name or value cannot be stored, or a file cannot be written.
         """
         shards = self._finished_shards()
         with self._partial.blaming("configuration and tokenizer"):
-            contents = hugging_face_files(hf_config, generation_config, tokenizer_files)
+            contents = plain_files(hf_config, generation_config, tokenizer_files)
             contents[INDEX_FILE] = index_bytes(
                 {name: record for shard in shards for name, record in shard.tensors.items()}
             )
             files = {name: self._write_file(name, data) for name, data in contents.items()}
-            manifest = build_manifest(
+            describe = partial(
+                build_manifest,
                 self._config,
                 shards,
-                files,
                 build=build,
                 checkpoint_fingerprint=checkpoint_fingerprint,
                 calibration_fingerprint=calibration_fingerprint,
                 evaluation=dict(evaluation),
             )
+            manifest = describe(files)
+            if report is not None:
+                files[REPORT_FILE] = self._write_file(REPORT_FILE, report(manifest))
+                manifest = describe(files)
             self._write_file(MANIFEST_FILE, manifest.to_bytes())
         self._partial.keep_only({MANIFEST_FILE, *manifest.files})
         ArtifactReader.open(self._partial.artifact).close()

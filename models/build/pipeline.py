@@ -17,15 +17,20 @@ from ..artifact.format import Manifest
 from ..artifact.partial import check_target
 from ..artifact.writer import ArtifactWriter
 from ..calibration.data import CalibrationTokens
+from ..calibration.store import StatisticsStore
 from ..config import BuildConfig
 from ..llama.checkpoint import Checkpoint, DenseWeights
 from ..llama.config import LlamaConfig
 from ..memory import PeakMemory, directory_bytes, return_freed_memory
+from ..report.layers import artifact_report
+from ..types import Statistic
 from .calibrate import calibration_tokens
 from .holdout import holdout_evaluation
 from .layer import LayerBuilder, stored_tensor
 from .observer import BuildObserver, SilentObserver
 from .plan import check_build
+from .prepare import Prepared, prepare
+from .recipe import required_statistics
 from .stream import CalibrationStreams
 
 
@@ -35,8 +40,8 @@ class BuildReport:
 
     peak_memory_bytes:      most that the layer-by-layer build held above what the process held before
     memory_bound_bytes:     dense embedding + one dense decoder layer (float32) + activations of the calibration set
-    calibration_peak_bytes: the same as the first for making the calibration tokens, before the build: encoding a text,
-        or the 8-bit copy of the network that writes one
+    preparation_peak_bytes: the same as the first for what comes before the layers: encoding a text or having the
+        network write one, looking over the network for flattening, gradients and budgets
     Mapped files are not counted: the system takes their pages back when it needs them.
     """
 
@@ -44,7 +49,7 @@ class BuildReport:
     seconds: float
     peak_memory_bytes: int
     memory_bound_bytes: int
-    calibration_peak_bytes: int
+    preparation_peak_bytes: int
     dense_perplexity: float | None
     quantized_perplexity: float | None
     effective_bits: float
@@ -65,8 +70,18 @@ def build_artifact(
     device: torch.device | str = "cpu",
     overwrite: bool = False,
     observer: BuildObserver | None = None,
+    statistics: StatisticsStore | None = None,
 ) -> BuildReport:
     """Quantize ``checkpoint`` into the artifact directory ``out``.
+
+    Args:
+        checkpoint: the dense network.
+        out: directory to write.
+        config: what to build.
+        device: where to compute.
+        overwrite: replace an artifact of that name.
+        observer: is told of the progress.
+        statistics: where to look for, and keep, what a calibration on dense inputs accumulates.
 
     Raises:
         SchemeError: the configuration cannot be carried out; found before any weight is read.
@@ -76,29 +91,23 @@ def build_artifact(
     """
     observer = observer or SilentObserver()
     started, device = time.perf_counter(), torch.device(device)
-    reconstructor = check_build(config, checkpoint.config)
+    check_build(config, checkpoint.config)
     check_target(out, overwrite)
-    with PeakMemory() as calibrating:
+    with PeakMemory() as preparing:
         tokens = calibration_tokens(checkpoint, config.calibration, device, observer)
+        identity = build_fingerprint(checkpoint, config, tokens)
+        prepared = prepare(checkpoint, config, tokens, device, observer, store=statistics)
     return_freed_memory()
     with PeakMemory() as building:
-        writer = ArtifactWriter(out, checkpoint.config, build_fingerprint(checkpoint, config, tokens), overwrite)
-        dense = DenseWeights(checkpoint, torch.float32, device)
-        streams = CalibrationStreams.start(checkpoint, tokens, config.calibration, device)
-        builder = LayerBuilder(config, reconstructor, dense, writer)
-        num_resumed, num_layers = writer.finished_layers(), checkpoint.config.num_hidden_layers
-        observer.phase("quantizing layers", num_layers)
-        for index in range(num_layers):
-            builder.step(index, streams, is_finished=index < num_resumed)
-            return_freed_memory()
-            observer.progress(index + 1)
-        evaluation = holdout_evaluation(checkpoint, streams)
-        manifest = _finish(writer, checkpoint, config, tokens, evaluation)
+        writer = ArtifactWriter(out, prepared.checkpoint.config, identity, overwrite)
+        streams, num_resumed = _build_layers(prepared, tokens, writer, device, observer)
+        evaluation = holdout_evaluation(prepared.checkpoint, streams)
+        manifest = _finish(writer, prepared.checkpoint, config, tokens, evaluation)
     return BuildReport(
         artifact=str(out),
         seconds=round(time.perf_counter() - started, 2),
         peak_memory_bytes=building.growth_bytes,
-        calibration_peak_bytes=calibrating.growth_bytes,
+        preparation_peak_bytes=preparing.growth_bytes,
         memory_bound_bytes=memory_bound_bytes(checkpoint.config, streams),
         dense_perplexity=evaluation.get("dense_perplexity"),
         quantized_perplexity=evaluation.get("quantized_perplexity"),
@@ -107,6 +116,30 @@ def build_artifact(
         dense_bytes=checkpoint.dense_bytes,
         num_resumed_layers=num_resumed,
     )
+
+
+def _build_layers(
+    prepared: Prepared,
+    tokens: CalibrationTokens,
+    writer: ArtifactWriter,
+    device: torch.device,
+    observer: BuildObserver,
+) -> tuple[CalibrationStreams, int]:
+    """Build every decoder layer; returns the streams at the network's end, and how many layers were there already."""
+    checkpoint, config = prepared.checkpoint, prepared.config
+    if prepared.has_all_statistics:
+        tokens = replace(tokens, statistics=tokens.statistics[:0])
+    has_target = Statistic.CROSS_CORRELATION in required_statistics(config)
+    streams = CalibrationStreams.start(checkpoint, tokens, config.calibration, device, has_target=has_target)
+    dense = DenseWeights(checkpoint, torch.float32, device)
+    builder = LayerBuilder(config, dense, writer, prepared.known)
+    num_resumed, num_layers = writer.finished_layers(), checkpoint.config.num_hidden_layers
+    observer.phase("quantizing layers", num_layers)
+    for index in range(num_layers):
+        builder.step(index, streams, is_finished=index < num_resumed)
+        return_freed_memory()
+        observer.progress(index + 1)
+    return streams, num_resumed
 
 
 def build_fingerprint(checkpoint: Checkpoint, config: BuildConfig, tokens: CalibrationTokens) -> str:
@@ -146,6 +179,7 @@ def _finish(
         checkpoint_fingerprint=checkpoint.fingerprint,
         calibration_fingerprint=tokens.fingerprint if len(tokens.statistics) else None,
         evaluation=evaluation,
+        report=artifact_report,
     )
 
 

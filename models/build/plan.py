@@ -1,37 +1,68 @@
 """Everything that can be wrong with a build and is knowable before any weight is read."""
 
+from ..budget import check_budget
 from ..config import BuildConfig
 from ..errors import SchemeError
 from ..llama.config import LlamaConfig
-from ..reconstruct import get_reconstructor
-from ..reconstruct.base import Reconstructor
-
-QUANTIZERS = ("rtn",)
+from ..transform.hadamard import check_rotation
+from .recipe import LayerRecipe, required_statistics
 
 
-def check_build(config: BuildConfig, network: LlamaConfig) -> Reconstructor:
-    """Check ``config`` against every linear layer of ``network``; returns the reconstructor it asks for.
+def check_build(config: BuildConfig, network: LlamaConfig) -> None:
+    """Check ``config`` against every linear layer of ``network``.
 
     Raises:
-        SchemeError: an unknown method or quantizer, groups that do not divide, a rank above a layer's smaller
-            dimension, sequences longer than the context, or a method whose statistics would be missing.
+        SchemeError: an unknown method, quantizer or option, groups that do not divide, a rank above a layer's smaller
+            dimension, a rotation that does not exist, bits out of reach, an exception for a layer that is not there,
+            sequences longer than the context, or statistics that would be missing.
     """
-    if config.quantizer not in QUANTIZERS:
-        raise SchemeError(f"quantizer {config.quantizer!r} is not known; choose one of {', '.join(QUANTIZERS)}")
-    reconstructor = get_reconstructor(config.reconstruct)
-    for path, shape in network.linear_shapes().items():
-        config.scheme.check(shape.in_features, path)
-        reconstructor.check(shape.out_features, shape.in_features, path)
+    shapes = network.linear_shapes()
+    for path in config.layers:
+        if path not in shapes:
+            raise SchemeError(
+                f"layers: {path!r} is not a linear layer of the network; the first is {next(iter(shapes))}"
+            )
+    for path, shape in shapes.items():
+        if config.transform.rotation != "none":
+            check_rotation(shape.in_features, config.transform.rotation_block, path)
+        recipe = LayerRecipe.of(config, path, shape.in_features)
+        recipe.scheme.check(shape.in_features, path)
+        recipe.quantizer.check(shape.in_features, path)
+        recipe.reconstructor.check(shape.out_features, shape.in_features, path)
+        if config.activations is not None:
+            config.activations.check(shape.in_features, path)
+    if config.budget is not None:
+        check_budget(config, network)
+    _check_calibration(config, network)
+
+
+def _check_calibration(config: BuildConfig, network: LlamaConfig) -> None:
     calibration = config.calibration
-    if calibration.source == "none" and reconstructor.requires:
-        needs = ", ".join(sorted(statistic.value for statistic in reconstructor.requires))
+    if calibration.source != "none":
+        if calibration.sequence_length > network.max_position_embeddings:
+            raise SchemeError(
+                f"calibration sequences of {calibration.sequence_length} tokens exceed the checkpoint's context of "
+                f"{network.max_position_embeddings}: choose --sequence-length {network.max_position_embeddings} or less"
+            )
+        return
+    needs = sorted(statistic.value for statistic in required_statistics(config))
+    uses = [f"statistics ({', '.join(needs)}) for {_described(config)}"] if needs else []
+    uses += ["activations for flatten or permute"] if _is_rewritten_from_data(config) else []
+    uses += ["statistics for target bits"] if config.budget is not None else []
+    if uses:
         raise SchemeError(
-            f"method {config.reconstruct.method} needs calibration statistics ({needs}): give --calibration self or a "
-            "file, or choose a method that needs none"
+            f"calibration is none, but this build needs {' and '.join(uses)}: give --calibration self or a file, or "
+            "choose what looks at no data"
         )
-    if calibration.source != "none" and calibration.sequence_length > network.max_position_embeddings:
-        raise SchemeError(
-            f"calibration sequences of {calibration.sequence_length} tokens exceed the checkpoint's context of "
-            f"{network.max_position_embeddings}: choose --sequence-length {network.max_position_embeddings} or less"
-        )
-    return reconstructor
+
+
+def _is_rewritten_from_data(config: BuildConfig) -> bool:
+    return config.transform.flatten is not None or config.transform.permute
+
+
+def _described(config: BuildConfig) -> str:
+    parts = [f"method {config.reconstruct.method}", f"quantizer {config.quantizer.method}"]
+    parts += ["clip search"] if config.quantizer.use_clip_search else []
+    parts += ["refit"] if config.reconstruct.refit else []
+    parts += ["objective output"] if config.objective == "output" else []
+    return ", ".join(parts)

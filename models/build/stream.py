@@ -1,17 +1,18 @@
 """Hidden states of the calibration set on their way through the network, between two decoder layers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..calibration.data import CalibrationTokens
 from ..config import CalibrationConfig
 from ..llama.batch import Batch
 from ..llama.checkpoint import Checkpoint
-from ..llama.model import DecoderLayer, embed
+from ..llama.model import embed
 from ..llama.rope import RotaryEmbedding
 
 
@@ -42,58 +43,71 @@ class HiddenStream:
         """Bytes of the hidden states."""
         return sum(hidden.numel() * hidden.element_size() for hidden in self.hidden)
 
-    def visit(self, layer: DecoderLayer) -> None:
-        """Run ``layer`` over the hidden states for the sake of whoever watches it; the stream stays where it is."""
-        for _ in self._outputs(layer):
-            pass
+    @property
+    def runs(self) -> list[Callable[[nn.Module], Tensor]]:
+        """Per batch: run a decoder layer on the hidden states as they are; the stream stays where it is."""
+        return [partial(self._run, index) for index in range(len(self.batches))]
 
-    def advance(self, layer: DecoderLayer) -> None:
+    def advance(self, layer: nn.Module) -> None:
         """Replace the hidden states by ``layer``'s outputs."""
-        for index, output in enumerate(self._outputs(layer)):
-            self.hidden[index] = output
+        for index in range(len(self.batches)):
+            self.hidden[index] = self._run(index, layer)
 
-    def _outputs(self, layer: DecoderLayer) -> Iterator[Tensor]:
-        for batch, hidden in zip(self.batches, self.hidden, strict=True):
-            with torch.inference_mode():
-                output: Tensor = layer(hidden, batch, self._rotary(batch, hidden.dtype))
-            yield output
+    @torch.inference_mode()
+    def _run(self, index: int, layer: nn.Module) -> Tensor:
+        batch, hidden = self.batches[index], self.hidden[index]
+        output: Tensor = layer(hidden, batch, self._rotary(batch, hidden.dtype))
+        return output
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationStreams:
-    """The three streams of one build.
+    """The streams of one build.
 
-    statistics:        what the layers' input statistics are taken from
+    statistics:        what the layers' input statistics are taken from, through quantized or dense layers
+    target:            the same tokens through the dense layers, where the two are compared; else None
     holdout_dense:     the holdout through the dense layers
     holdout_quantized: the holdout through the quantized layers
     """
 
     statistics: HiddenStream
+    target: HiddenStream | None
     holdout_dense: HiddenStream
     holdout_quantized: HiddenStream
     uses_dense_inputs: bool
 
     @classmethod
     def start(
-        cls, checkpoint: Checkpoint, tokens: CalibrationTokens, config: CalibrationConfig, device: torch.device
+        cls,
+        checkpoint: Checkpoint,
+        tokens: CalibrationTokens,
+        config: CalibrationConfig,
+        device: torch.device,
+        *,
+        has_target: bool = False,
     ) -> Self:
         """Embed the calibration tokens, with the embedding as the artifact stores it; it is released afterwards."""
         embedding = checkpoint.tensor("model.embed_tokens.weight", narrow=True).to(device)
         rotary = RotaryEmbedding(checkpoint.config, device)
         statistics = HiddenStream.embed(tokens.statistics, embedding, config.batch_size, rotary)
         holdout = HiddenStream.embed(tokens.holdout, embedding, config.batch_size, rotary)
-        return cls(statistics, holdout, holdout.copy(), config.inputs == "dense")
+        uses_dense_inputs = config.inputs == "dense"
+        target = statistics.copy() if has_target and not uses_dense_inputs else None
+        return cls(statistics, target, holdout, holdout.copy(), uses_dense_inputs)
 
-    def advance(self, dense: DecoderLayer, quantized: DecoderLayer) -> None:
+    def advance(self, dense: nn.Module, quantized: nn.Module) -> None:
         """Take every stream through one decoder layer, in its dense or its quantized form."""
         self.statistics.advance(dense if self.uses_dense_inputs else quantized)
+        if self.target is not None:
+            self.target.advance(dense)
         self.holdout_dense.advance(dense)
         self.holdout_quantized.advance(quantized)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all hidden states."""
-        return self.statistics.nbytes + self.holdout_dense.nbytes + self.holdout_quantized.nbytes
+        streams = (self.statistics, self.target, self.holdout_dense, self.holdout_quantized)
+        return sum(stream.nbytes for stream in streams if stream is not None)
 
     @property
     def largest_batch(self) -> int:

@@ -1,12 +1,17 @@
 """Statistics of one decoder layer: run it over the calibration set and watch the inputs of its linear layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from ..quant.activation import quantize_activations
+from ..scheme import ActivationScheme
+from ..transform.inputs import InputTransform
 from ..types import InputStatistics, Statistic
-from .statistics import StatisticsAccumulator
+from .statistics import LayerInputs, StatisticsAccumulator
 
 INPUT_OWNERS = {
     "self_attn.q_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -14,23 +19,60 @@ INPUT_OWNERS = {
     "mlp.gate_proj": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down_proj": ("mlp.down_proj",),
 }
-"""The linear layers whose input is watched, and those that share it: q/k/v and gate/up read the same activations."""
+"""The linear layers whose input is watched, in the order in which they run, and those that share it."""
+
+Runs = Sequence[Callable[[nn.Module], object]]
+"""One per batch of the calibration set: takes it through a decoder layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What to measure, and what the inputs go through first.
+
+    requires:    what to accumulate; gradients are not taken here and ignored
+    transforms:  of the inputs, by owner; absent: none
+    activations: how they are quantized; None: not at all
+    """
+
+    requires: frozenset[Statistic]
+    transforms: Mapping[str, InputTransform] = field(default_factory=dict)
+    activations: ActivationScheme | None = None
+
+    def inputs(self, owner: str, x: Tensor, target: Tensor | None) -> LayerInputs:
+        """A batch ``x`` of owner's inputs as they are measured; ``target`` None: the same as ``x``."""
+        transform = self.transforms.get(owner, InputTransform())
+        x = transform.apply(x)
+        quantized = x if self.activations is None else quantize_activations(x, self.activations)
+        return LayerInputs(x, quantized, x if target is None else transform.apply(target))
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The dense layer, and the calibration set on its way through the dense network."""
+
+    layer: nn.Module
+    runs: Runs
 
 
 @torch.inference_mode()
 def collect_statistics(
     layer: nn.Module,
-    run: Callable[[], None],
-    requires: frozenset[Statistic],
+    runs: Runs,
+    measurement: Measurement,
     where: str,
+    *,
+    owners: Sequence[str] = tuple(INPUT_OWNERS),
+    target: Target | None = None,
 ) -> dict[str, InputStatistics]:
     """Run ``layer`` over the calibration set and accumulate its linear layers' input statistics.
 
     Args:
         layer: a decoder layer whose linear children are named as in ``INPUT_OWNERS``.
-        run: takes every batch of the calibration set through ``layer``.
-        requires: what to accumulate.
+        runs: the calibration set, batch by batch.
+        measurement: what to accumulate of what.
         where: the layer's module path, for messages.
+        owners: which inputs to watch.
+        target: what ``cross_correlation`` correlates with; None: the inputs before their quantization.
 
     Returns:
         Statistics by child path (``self_attn.k_proj``), one object per shared input.
@@ -38,23 +80,55 @@ def collect_statistics(
     Raises:
         CalibrationError: a statistic is not finite.
     """
+    requires = frozenset(statistic for statistic in measurement.requires if not statistic.needs_gradients)
     accumulators: dict[str, StatisticsAccumulator] = {}
-    handles = []
-    for owner in INPUT_OWNERS:
+    for index, run in enumerate(runs):
+        targets = {} if target is None else _inputs(target.layer, target.runs[index], owners)
 
-        def watch(_module: nn.Module, inputs: tuple[Tensor, ...], owner: str = owner) -> None:
+        def see(owner: str, x: Tensor, targets: dict[str, Tensor] = targets) -> None:
             if owner not in accumulators:
-                accumulators[owner] = StatisticsAccumulator(inputs[0].shape[-1], requires, inputs[0].device)
-            accumulators[owner].update(inputs[0])
+                accumulators[owner] = StatisticsAccumulator(x.shape[-1], requires, x.device)
+            accumulators[owner].update(measurement.inputs(owner, x, targets.pop(owner, None)))
 
-        handles.append(layer.get_submodule(owner).register_forward_pre_hook(watch))
+        with _watched(layer, owners, see):
+            run(layer)
+    statistics: dict[str, InputStatistics] = {}
+    for owner in owners:
+        accumulator = accumulators.get(owner) or StatisticsAccumulator(0, requires)
+        statistics.update(dict.fromkeys(INPUT_OWNERS[owner], accumulator.finish(f"{where}.{owner}")))
+    return statistics
+
+
+def _inputs(layer: nn.Module, run: Callable[[nn.Module], object], owners: Sequence[str]) -> dict[str, Tensor]:
+    """Inputs of one batch by owner."""
+    seen: dict[str, Tensor] = {}
+    with _watched(layer, owners, seen.__setitem__):
+        run(layer)
+    return seen
+
+
+class _Enough(Exception):  # noqa: N818 - not an error: the rest of the layer is not needed
+    """Everything watched has been seen."""
+
+
+@contextmanager
+def _watched(layer: nn.Module, owners: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``see(owner, inputs)`` whenever an owner is run, and leave the layer after the last of them."""
+    last = max(owners, key=list(INPUT_OWNERS).index)
+
+    def watcher(owner: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def watch(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            see(owner, inputs[0])
+            if owner == last:
+                raise _Enough
+
+        return watch
+
+    handles = [layer.get_submodule(owner).register_forward_pre_hook(watcher(owner)) for owner in owners]
     try:
-        run()
+        yield
+    except _Enough:
+        pass
     finally:
         for handle in handles:
             handle.remove()
-    statistics: dict[str, InputStatistics] = {}
-    for owner, members in INPUT_OWNERS.items():
-        finished = accumulators[owner].finish(f"{where}.{owner}")
-        statistics.update(dict.fromkeys(members, finished))
-    return statistics

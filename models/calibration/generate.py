@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..config import PER_CHANNEL, QuantScheme
 from ..kernels import default_backends
 from ..layers.linear import LowRankLinear
 from ..llama.batch import Batch, SequenceSpan
@@ -20,6 +19,7 @@ from ..llama.kv_cache import PagedKVCache
 from ..llama.model import LlamaForCausalLM
 from ..memory import return_freed_memory
 from ..quant.rtn import quantize_rtn
+from ..scheme import PER_CHANNEL, QuantScheme
 from ..types import LinearWeights
 
 NUM_GREEDY = 4

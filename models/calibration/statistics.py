@@ -4,11 +4,48 @@ Sums are kept in float64: a float32 sum over a million tokens loses the small ei
 which QERA-exact depends. Each batch's own product is a float32 GEMM (QERA, arXiv 2410.06040, appendix A.7).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
 from ..types import InputStatistics, Statistic
+
+_LARGEST = frozenset({Statistic.MEAN_ABS, Statistic.ABSMAX})
+_MATRICES = frozenset({Statistic.AUTOCORRELATION, Statistic.QUANTIZED_AUTOCORRELATION, Statistic.CROSS_CORRELATION})
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInputs:
+    """One batch of a linear layer's inputs, each (num_tokens, num_features); see ``InputStatistics``.
+
+    x: before the quantization of activations; quantized: after it; target: of the dense network's layer
+    """
+
+    x: Tensor
+    quantized: Tensor
+    target: Tensor
+
+    def measure(self, statistic: Statistic) -> Tensor:
+        """The batch's sum, or for the magnitudes its value, float32 or float64."""
+        x = self.x.float()
+        match statistic:
+            case Statistic.AUTOCORRELATION:
+                return x.T @ x
+            case Statistic.QUANTIZED_AUTOCORRELATION:
+                quantized = self.quantized.float()
+                return quantized.T @ quantized
+            case Statistic.CROSS_CORRELATION:
+                return self.quantized.float().T @ self.target.float()
+            case Statistic.MEAN_SQUARE:
+                return x.square().sum(0, dtype=torch.float64)
+            case Statistic.MEAN_ABS:
+                return x.abs().mean(0, dtype=torch.float64)
+            case Statistic.ABSMAX:
+                return x.abs().amax(0)
+            case _:
+                raise ValueError(f"{statistic.value} is not a statistic of inputs")
 
 
 class StatisticsAccumulator:
@@ -16,23 +53,20 @@ class StatisticsAccumulator:
 
     def __init__(self, num_features: int, requires: frozenset[Statistic], device: torch.device | str = "cpu") -> None:
         self.num_tokens = 0
-        self._sums: dict[Statistic, Tensor] = {}
-        shapes = {Statistic.AUTOCORRELATION: (num_features, num_features)}
+        self._totals: dict[Statistic, Tensor] = {}
         for statistic in sorted(requires):
-            shape = shapes.get(statistic, (num_features,))
-            self._sums[statistic] = torch.zeros(shape, dtype=torch.float64, device=device)
+            shape = (num_features, num_features) if statistic in _MATRICES else (num_features,)
+            self._totals[statistic] = torch.zeros(shape, dtype=torch.float64, device=device)
 
-    def update(self, inputs: Tensor) -> None:
-        """Add one calibration batch ``inputs`` (num_tokens, num_features)."""
-        inputs = inputs.float()
-        self.num_tokens += inputs.shape[0]
-        for statistic, total in self._sums.items():
-            if statistic is Statistic.AUTOCORRELATION:
-                total.add_(inputs.T @ inputs)
-            elif statistic is Statistic.MEAN_SQUARE:
-                total.add_(inputs.square().sum(0, dtype=torch.float64))
+    def update(self, inputs: LayerInputs) -> None:
+        """Add one calibration batch."""
+        self.num_tokens += inputs.x.shape[0]
+        for statistic, total in self._totals.items():
+            value = inputs.measure(statistic)
+            if statistic in _LARGEST:
+                torch.maximum(total, value.double(), out=total)
             else:
-                torch.maximum(total, inputs.abs().mean(0, dtype=torch.float64), out=total)
+                total.add_(value)
 
     def finish(self, where: str) -> InputStatistics:
         """The statistics of all batches.
@@ -43,9 +77,9 @@ class StatisticsAccumulator:
         if self.num_tokens == 0:
             raise CalibrationError(f"{where}: no calibration tokens reached this layer")
         values: dict[str, Tensor] = {}
-        for statistic, total in self._sums.items():
-            value = total if statistic is Statistic.MEAN_ABS else total / self.num_tokens
-            if not bool(value.isfinite().all()):
+        for statistic, total in self._totals.items():
+            value = total if statistic in _LARGEST else total.div_(self.num_tokens)
+            if not bool(torch.stack(torch.aminmax(value)).isfinite().all()):
                 raise CalibrationError(
                     f"{where}: statistic {statistic.value} is not finite: the layer's inputs overflow. "
                     "Check the checkpoint for NaN or infinite weights"

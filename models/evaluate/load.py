@@ -8,6 +8,7 @@ import torch
 from ..artifact.format import MANIFEST_FILE
 from ..artifact.load import load_artifact
 from ..device import default_dtype
+from ..errors import EvaluationError
 from ..llama.checkpoint import DenseWeights, open_checkpoint
 from ..llama.model import LlamaForCausalLM
 from ..llama.tokenizer import Tokenizer
@@ -21,6 +22,22 @@ class Evaluated:
     tokenizer: Tokenizer
 
 
+def parse_device(device: str) -> torch.device:
+    """``device`` as torch names it.
+
+    Raises:
+        EvaluationError: there is no such device here.
+    """
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise EvaluationError(f"device {device!r}: unknown; choose cpu, cuda or cuda:N") from error
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        found = f"{torch.cuda.device_count()} found" if torch.cuda.is_available() else "none found"
+        raise EvaluationError(f"device {device!r}: no such CUDA device here ({found}); choose cpu")
+    return target
+
+
 def load_for_evaluation(path_or_id: str, device: str, dtype: str, backend: str) -> Evaluated:
     """Load an artifact directory, or any checkpoint that ``open_checkpoint`` takes, densely.
 
@@ -32,9 +49,12 @@ def load_for_evaluation(path_or_id: str, device: str, dtype: str, backend: str) 
 
     Raises:
         ArtifactError, CheckpointError: it cannot be loaded.
+        EvaluationError: there is no such device or type.
     """
-    target = torch.device(device)
-    activations = default_dtype(target) if dtype == "auto" else getattr(torch, dtype)
+    target = parse_device(device)
+    activations = default_dtype(target) if dtype == "auto" else getattr(torch, dtype, None)
+    if not isinstance(activations, torch.dtype) or not activations.is_floating_point:
+        raise EvaluationError(f"dtype {dtype!r}: choose auto, float32, bfloat16 or float16")
     if (Path(path_or_id) / MANIFEST_FILE).is_file():
         loaded = load_artifact(Path(path_or_id), device=target, dtype=activations, backend=backend)
         return Evaluated(loaded.model, loaded.tokenizer)

@@ -11,14 +11,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..config import QuantScheme
 from ..errors import KernelError
+from ..scheme import ActivationScheme, QuantScheme
 from ..types import LinearWeights
 
 
 @dataclass(frozen=True, slots=True)
 class LinearSpec:
-    """What a backend must know about a layer to say whether it can run it."""
+    """What a backend must know about a layer to say whether it can run it.
+
+    rotation_block: width of the Hadamard blocks of the input, 0: not rotated
+    activations:    how the input is quantized, None: not at all
+    """
 
     scheme: QuantScheme
     in_features: int
@@ -28,6 +32,8 @@ class LinearSpec:
     has_channel_order: bool
     device: torch.device
     dtype: torch.dtype
+    rotation_block: int = 0
+    activations: ActivationScheme | None = None
 
     @classmethod
     def of(cls, weights: LinearWeights, device: torch.device, dtype: torch.dtype) -> "LinearSpec":
@@ -42,6 +48,8 @@ class LinearSpec:
             has_channel_order=weights.channel_order is not None,
             device=device,
             dtype=dtype,
+            rotation_block=weights.rotation_block,
+            activations=weights.activations,
         )
 
 

@@ -1,12 +1,16 @@
 """The part of a layer that is not integer: input preparation, bias, low-rank term. All torch backends share it."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..quant.activation import quantize_activations
+from ..quant.grid import dense_factors
+from ..scheme import ActivationScheme
+from ..transform.inputs import InputTransform
 from ..types import LinearWeights
 
 
@@ -14,17 +18,18 @@ from ..types import LinearWeights
 class DenseTerms:
     """Tensors of one layer besides its codes, on their final device.
 
-    input_scale:   (in_features,) float32 or None
-    channel_order: (in_features,) int32 or None
-    lora_up:       (out_features, rank), or None
-    lora_down:     (rank, in_features); None with a ``lora_up``: the first ``rank`` channels
-    bias:          (out_features,) in the activation dtype, or None
-    The factors are float32 on the CPU: for one row of a small layer, torch's bfloat16 products cost 160 microseconds
-    where its float32 ones cost 67. Elsewhere they have the activation dtype.
+    inputs:      divides by input_scale (float32), gathers in channel_order (int32), rotates
+    activations: how the input is quantized after that, or None. The products take the numbers that its codes stand for,
+        so that every backend runs every scheme, at the speed of unquantized activations
+    lora_up:     (out_features, rank), or None
+    lora_down:   (rank, in_features); None with a ``lora_up``: the first ``rank`` channels
+    bias:        (out_features,) in the activation dtype, or None
+    Quantized factors are dequantized. They are float32 on the CPU: for one row of a small layer, torch's bfloat16
+    products cost 160 microseconds where its float32 ones cost 67. Elsewhere they have the activation dtype.
     """
 
-    input_scale: Tensor | None
-    channel_order: Tensor | None
+    inputs: InputTransform
+    activations: ActivationScheme | None
     lora_up: Tensor | None
     lora_down: Tensor | None
     bias: Tensor | None
@@ -32,31 +37,35 @@ class DenseTerms:
     @classmethod
     def of(cls, weights: LinearWeights, device: torch.device, dtype: torch.dtype) -> Self:
         """Move the terms of ``weights`` to ``device``, bias in ``dtype``."""
-        correction = weights.correction
         factor_dtype = torch.float32 if device.type == "cpu" else dtype
 
         def placed(tensor: Tensor | None, target: torch.dtype) -> Tensor | None:
             return None if tensor is None else tensor.to(device, target).contiguous()
 
+        correction = weights.correction
+        lora_up, lora_down = (None, None) if correction is None else dense_factors(correction)
         return cls(
-            input_scale=placed(weights.input_scale, torch.float32),
-            channel_order=placed(weights.channel_order, torch.int32),
-            lora_up=placed(None if correction is None else correction.lora_up, factor_dtype),
-            lora_down=placed(None if correction is None else correction.lora_down, factor_dtype),
+            inputs=InputTransform(
+                placed(weights.input_scale, torch.float32),
+                placed(weights.channel_order, torch.int32),
+                weights.rotation_block,
+            ),
+            activations=weights.activations,
+            lora_up=placed(lora_up, factor_dtype),
+            lora_down=placed(lora_down, factor_dtype),
             bias=placed(weights.bias, dtype),
         )
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (getattr(self, field.name) for field in fields(self))
+        tensors = (self.inputs.input_scale, self.inputs.channel_order, self.lora_up, self.lora_down, self.bias)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def prepare_input(self, x: Tensor) -> Tensor:
-        """``x`` (num_tokens, in_features) as the codes and the factors expect it: divided, then gathered."""
-        if self.input_scale is not None:
-            x = (x / self.input_scale).to(x.dtype)
-        return x if self.channel_order is None else x.index_select(1, self.channel_order)
+        """``x`` (num_tokens, in_features) as codes and factors expect it: divided, gathered, rotated, quantized."""
+        x = self.inputs.apply(x)
+        return x if self.activations is None else quantize_activations(x, self.activations)
 
     def add_to(self, product: Tensor, x: Tensor) -> Tensor:
         """Bias and low-rank term added to ``product`` (num_tokens, out_features), in place.

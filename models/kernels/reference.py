@@ -1,10 +1,10 @@
 """The reference backend: the specification of what a quantized layer computes, on every device and dtype.
 
-    x_c = (x / input_scale)[:, channel_order]
+    x_c = quantize((x / input_scale)[:, channel_order] @ H)        H: Hadamard blocks
     y   = x_c @ dequantize(codes)^T + bias + (x_c @ lora_down^T) @ lora_up^T
 
-Each call unpacks the codes, dequantizes to float32, casts to the activation dtype and multiplies: nothing unpacked
-stays resident, and nothing is fused.
+as far as a layer has these parts. Each call unpacks the codes, dequantizes to float32, casts to the activation dtype
+and multiplies: nothing unpacked stays resident, and nothing is fused.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import QuantScheme
-from ..quant.affine import dequantize
+from ..quant.grid import dequantize
 from ..quant.packing import pack, unpack
+from ..scheme import QuantScheme
 from ..types import LinearWeights, QuantizedWeight
 from .base import LinearSpec, PreparedLinear
 from .dense_terms import DenseTerms

@@ -6,7 +6,8 @@ torch packs two codes per byte in tiles of output rows, and multiplies with dequ
 accumulation. Its grid is ``weight = (code - 8) * scale + zero``, so ``zero = (8 - zero_point) * scale``.
 Cost: it takes scale and zero in bfloat16 only. Each of the two roundings moves a weight by ``2**-8 * 8 * scale`` at
 most, together an eighth of the half-step that INT4 itself may cost. On the weights of a trained network it comes to
-0.2 % of the weight's norm where INT4 in groups of 64 costs 9.6 %: the sum of both is the same to four digits.
+0.2 % of the weight's norm where INT4 in groups of 64 costs 9.6 %: the sum of both is the same to four digits. MXINT4,
+whose scales are powers of two and whose zeros are none, loses nothing.
 
 The product is one row at a time: fastest for a few rows, slower than a dense matrix product beyond about fifty. Many
 rows are therefore multiplied with the dequantized weight, some tiles at a time so that the transient stays small. Codes
@@ -24,6 +25,7 @@ from ..types import LinearWeights, QuantizedWeight
 from .base import LinearSpec, PreparedLinear
 from .dense_terms import DenseTerms
 
+_UNIFORM_FORMATS = frozenset(("int", "mxint"))
 _GROUP_SIZES = (256, 128, 64, 32)
 _ROW_MULTIPLE = 16
 _FEW_ROWS = 48
@@ -101,7 +103,7 @@ class _Int4Linear:
 
 
 class TorchInt4Backend:
-    """torch's int4 product: CPU, bfloat16, INT4 in groups of 32, 64 or 128, or per channel."""
+    """torch's int4 product: CPU, bfloat16, INT4 and MXINT4 with scales shared by a multiple of 32 channels."""
 
     name = "torch-int4"
 
@@ -130,8 +132,11 @@ def _obstacles(spec: LinearSpec) -> Iterator[str]:
         yield f"runs in bfloat16 only, not in {str(spec.dtype).removeprefix('torch.')}"
     if spec.scheme.num_bits != 4:
         yield f"takes 4-bit codes, not {spec.scheme.num_bits}-bit ones"
-    if _op_group(spec.scheme.group_length(spec.in_features)) is None:
-        yield f"scales must be shared by a multiple of 32 input channels; a row has {spec.in_features}"
+    if spec.scheme.format not in _UNIFORM_FORMATS:
+        yield f"takes codes in uniform steps (int, mxint), not {spec.scheme.format}"
+    group_length = spec.scheme.group_length(spec.in_features)
+    if _op_group(group_length) is None:
+        yield f"scales must be shared by a multiple of 32 input channels, not by {group_length}"
     if spec.out_features % _ROW_MULTIPLE:
         yield f"out_features must be a multiple of {_ROW_MULTIPLE}, not {spec.out_features}"
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import PER_CHANNEL
+from ..scheme import PER_CHANNEL
 from ..types import LinearWeights
 from .base import LinearSpec, PreparedLinear
 from .dense_terms import DenseTerms
@@ -85,7 +85,7 @@ def _obstacles(spec: LinearSpec) -> Iterator[str]:
         yield f"runs in bfloat16 only, not in {str(spec.dtype).removeprefix('torch.')}"
     if scheme.num_bits != 8:
         yield f"takes 8-bit codes, not {scheme.num_bits}-bit ones"
-    if scheme.group_size != PER_CHANNEL or not scheme.is_symmetric:
+    if scheme.format != "int" or scheme.group_size != PER_CHANNEL or not scheme.is_symmetric:
         yield "takes symmetric codes with one scale per row"
     if spec.in_features % _CHANNEL_MULTIPLE:
         yield f"in_features must be a multiple of {_CHANNEL_MULTIPLE}, not {spec.in_features}"

@@ -1,4 +1,4 @@
-"""Affine integer quantization: ``weight ~ scale * (codes - zero_point)``, one scale per group of input channels.
+"""Affine integer grids: ``weight ~ scale * (codes - zero_point)``, one scale per group of input channels.
 
 Scales are stored in float16 and codes are chosen against the stored scale, never against the unrounded one, so
 that rounding the scale costs nothing beyond a slightly different grid.
@@ -11,79 +11,44 @@ Symmetric: ``scale = absmax / (2**(num_bits - 1) - 1)``, centred on code ``2**(n
 import torch
 from torch import Tensor
 
-from ..config import QuantScheme
 from ..errors import SchemeError
-from ..types import QuantizedWeight
+from ..scheme import QuantScheme
 
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 _FLOAT16_NORMAL = torch.finfo(torch.float16).smallest_normal
 _FLOAT16_STEP = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
 
 
-def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: QuantScheme) -> QuantizedWeight:
-    """Round ``weight`` to the nearest codes of the grid given by ``scale`` and ``zero_point``.
-
-    Args:
-        weight: (out_features, in_features), finite
-        scale: (out_features, num_groups) float16, positive
-        zero_point: (out_features, num_groups) uint8, or None when symmetric
-        scheme: format of the result
-    """
-    steps = _grouped(weight.float(), scheme) / scale.float()[:, :, None]
-    codes = steps.round_().add_(_offset(zero_point, scheme)).clamp_(0, scheme.max_code)
-    return QuantizedWeight(codes.to(torch.uint8).flatten(1), scale, zero_point, scheme)
-
-
-def dequantize(quantized: QuantizedWeight) -> Tensor:
-    """The weight that the codes stand for: (out_features, in_features) float32, exact.
-
-    A float16 scale times an integer of at most 8 bits fits in float32 without rounding.
-    """
-    scheme = quantized.scheme
-    steps = _grouped(quantized.codes.float(), scheme) - _offset(quantized.zero_point, scheme)
-    return steps.mul_(quantized.scale.float()[:, :, None]).flatten(1)
-
-
-def choose_grid(weight: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point that span each group of ``weight`` (out_features, in_features).
-
-    Returns:
-        scale (out_features, num_groups) float16, finite and positive; zero_point (out_features, num_groups) uint8, or
-        None when symmetric. A group of zeros gets scale 1 and is reproduced exactly.
+def choose_grid(groups: Tensor, shape: tuple[int, ...], scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point that span ``groups`` (out_features, num_groups, group_length) float32.
 
     Raises:
-        SchemeError: not a matrix, groups that do not tile the rows, a weight that is not finite, or one so large that
-            its scale overflows float16.
+        SchemeError: a scale overflows float16; ``shape`` is the weight's, for the message.
     """
-    _check_weight(weight, scheme)
-    groups = _grouped(weight.float(), scheme)
     if scheme.is_symmetric:
-        absmax = groups.abs().amax(-1)
-        return _stored_scale(absmax / (scheme.max_code // 2), tuple(weight.shape), scheme), None
-    low, high = (bound.float() for bound in groups.aminmax(dim=-1))
+        return stored_scale(groups.abs().amax(-1) / (scheme.max_code // 2), shape, scheme), None
+    low, high = groups.aminmax(dim=-1)
+    return span_grid(low, high, shape, scheme)
+
+
+def span_grid(low: Tensor, high: Tensor, shape: tuple[int, ...], scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the asymmetric grid from ``low`` to ``high``, widened to hold zero.
+
+    Raises:
+        SchemeError: a scale overflows float16; ``shape`` is the weight's, for the message.
+    """
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = _stored_scale((high - low) / scheme.max_code, tuple(weight.shape), scheme)
+    scale = stored_scale((high - low) / scheme.max_code, shape, scheme)
     zero_point = (-low / scale.float()).round().clamp(0, scheme.max_code)
     return scale, zero_point.to(torch.uint8)
 
 
-def _check_weight(weight: Tensor, scheme: QuantScheme) -> None:
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise SchemeError(f"a weight is a floating-point matrix, not {weight.dtype} of shape {tuple(weight.shape)}")
-    where = f"a weight of shape {tuple(weight.shape)}"
-    if 0 in weight.shape:
-        raise SchemeError(f"{where} is empty and cannot be quantized")
-    scheme.check(weight.shape[1], where)
-    finite = weight.isfinite()
-    if not finite.all():
-        row, column = (int(i) for i in (~finite).nonzero()[0])
-        raise SchemeError(
-            f"{where} holds {float(weight[row, column])} at row {row}, column {column}; it must be finite"
-        )
+def stored_scale(scale: Tensor, shape: tuple[int, ...], scheme: QuantScheme) -> Tensor:
+    """Round to float16, and 0 to 1. Below float16's normal range always upwards: down could halve the span.
 
-
-def _stored_scale(scale: Tensor, shape: tuple[int, ...], scheme: QuantScheme) -> Tensor:
-    """Round to float16. Below its normal range always upwards: rounding down there could halve the span."""
+    Raises:
+        SchemeError: a scale (rows, groups) overflows; ``shape`` is the weight's, for the message.
+    """
     if float(scale.max()) > _FLOAT16_MAX:
         row, group = (int(i) for i in (scale > _FLOAT16_MAX).nonzero()[0])
         raise SchemeError(
@@ -95,11 +60,11 @@ def _stored_scale(scale: Tensor, shape: tuple[int, ...], scheme: QuantScheme) ->
     return torch.where(scale == 0, 1.0, scale).to(torch.float16)
 
 
-def _grouped(values: Tensor, scheme: QuantScheme) -> Tensor:
-    """(out_features, in_features) -> (out_features, num_groups, group_length)."""
-    return values.reshape(values.shape[0], -1, scheme.group_length(values.shape[1]))
+def offset(zero_point: Tensor | None, scheme: QuantScheme) -> Tensor | float:
+    """Code that stands for zero."""
+    return float(1 << (scheme.num_bits - 1)) if zero_point is None else zero_point.float()
 
 
-def _offset(zero_point: Tensor | None, scheme: QuantScheme) -> Tensor | float:
-    """Code that stands for zero, broadcastable over grouped codes."""
-    return float(1 << (scheme.num_bits - 1)) if zero_point is None else zero_point.float()[:, :, None]
+def lowest_code(scheme: QuantScheme) -> int:
+    """``mxint`` is sign and magnitude: the most negative code of two's complement does not exist."""
+    return 1 if scheme.format == "mxint" else 0

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from ..config import QuantScheme
+from ..scheme import QuantScheme
 from ..types import QuantizedWeight
-from .affine import choose_grid, quantize
+from .grid import choose_grid, quantize
 
 
 def quantize_rtn(weight: Tensor, scheme: QuantScheme) -> QuantizedWeight:

@@ -6,9 +6,13 @@ from types import MappingProxyType
 from ..config import ReconstructConfig
 from ..errors import SchemeError
 from .base import Reconstructor
+from .loftq import Loftq
 from .lqer import L2qer, Lqer
+from .lqlora import LqLora
 from .none import NoReconstruction
 from .qera import QeraApprox, QeraExact
+from .serq import Serq
+from .srr import Srr
 from .zeroquant import ZeroQuantV2
 
 RECONSTRUCTORS: Mapping[str, Callable[[ReconstructConfig], Reconstructor]] = MappingProxyType(
@@ -20,15 +24,19 @@ RECONSTRUCTORS: Mapping[str, Callable[[ReconstructConfig], Reconstructor]] = Map
         "l2qer": L2qer,
         "qera-approx": QeraApprox,
         "qera-exact": QeraExact,
+        "loftq": Loftq,
+        "lq-lora": LqLora,
+        "serq": Serq,
+        "srr": Srr,
     }
 )
 
 
 def get_reconstructor(config: ReconstructConfig) -> Reconstructor:
-    """The method that ``config`` names, set up with its rank and factor dtype.
+    """The method that ``config`` names, set up with its rank, factor dtype and options.
 
     Raises:
-        SchemeError: no such method.
+        SchemeError: no such method, or options that it does not have.
     """
     create = RECONSTRUCTORS.get(config.method)
     if create is None:

@@ -1,34 +1,51 @@
 """What a reconstruction method is, and the template that all closed-form ones share.
 
-A method answers one question: which weighting of the input channels defines the error that the correction removes.
-Everything else (quantize, take the error, approximate it, cast the factors) is the same for all of them.
+A closed-form method answers one question: which weighting of the channels defines the error that the correction
+removes. Everything else (quantize, take the error, approximate it, store the factors) is the same for all of them.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Protocol
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from ..config import ReconstructConfig
+from ..config import FactorDtype, ReconstructConfig
 from ..errors import CalibrationError, SchemeError
-from ..quant.affine import dequantize
-from ..types import Correction, InputStatistics, LinearWeights, QuantizeFn, Statistic
-from .linalg import balance, weighted_low_rank
+from ..quant.factors import check_factors, store_factors
+from ..quant.grid import dense_factors, dequantize
+from ..types import Correction, InputStatistics, LinearWeights, QuantizedWeight, QuantizeFn, Statistic
+from .linalg import weighted_low_rank
+from .options import NoOptions, parse_options
+
+_NOT_PER_INPUT_CHANNEL = {"num_tokens", "fisher_rows", "output_gradient"}
 
 
 class Reconstructor(Protocol):
-    """Turns one dense weight into codes and the correction of their error.
+    """Turns one dense weight into codes and the correction of their error."""
 
-    method:   id, as the user names it
-    requires: what calibration must accumulate for it, nothing more
-    """
+    @property
+    def method(self) -> str:
+        """Id, as the user names it."""
+        ...
 
-    method: ClassVar[str]
-    requires: ClassVar[frozenset[Statistic]]
+    @property
+    def requires(self) -> frozenset[Statistic]:
+        """What calibration must accumulate for the method and its options, nothing more."""
+        ...
 
     def check(self, out_features: int, in_features: int, where: str) -> None:
         """Raise SchemeError, naming the layer ``where``, when a weight of this shape cannot be corrected."""
+        ...
+
+    def channel_order(self, weight: Tensor, statistics: InputStatistics) -> Tensor | None:
+        """Order (in_features,) int32 in which ``reconstruct`` wants the input channels; None: as they come.
+
+        Called first. The caller gathers the columns of the weight and the statistics (``permute_statistics``) in this
+        order, binds the quantizer to those, and records the order in ``LinearWeights.channel_order``.
+        """
         ...
 
     def reconstruct(self, weight: Tensor, statistics: InputStatistics, quantize: QuantizeFn) -> LinearWeights:
@@ -41,75 +58,104 @@ class Reconstructor(Protocol):
         ...
 
 
-class LowRankReconstructor(ABC):
-    """The template: quantize, then approximate the weight error in the norm that ``weighting`` defines."""
+class MethodBase(ABC):
+    """Rank, factor dtype and options of a method that makes a correction, and the checks of the first two."""
 
     method: ClassVar[str]
-    requires: ClassVar[frozenset[Statistic]]
-    is_balanced: ClassVar[bool] = False
+    requires: frozenset[Statistic] = frozenset()
+    options_type: ClassVar[type[Any]] = NoOptions
+    options: object
 
     def __init__(self, config: ReconstructConfig) -> None:
         self.rank = config.rank
-        self.factor_dtype: torch.dtype = getattr(torch, config.factor_dtype)
-
-    @abstractmethod
-    def weighting(self, statistics: InputStatistics, in_features: int) -> Tensor | None:
-        """R of the norm ``tr(E R E^T)``: None, a diagonal (in_features,), or (in_features, in_features); float64."""
+        self.factor_dtype = config.factor_dtype
+        self.options = parse_options(config, self.options_type)
 
     def check(self, out_features: int, in_features: int, where: str) -> None:
-        """Raise SchemeError when the rank is above the smaller dimension of the weight of layer ``where``."""
-        largest = min(out_features, in_features)
-        if self.rank > largest:
-            raise SchemeError(
-                f"{where}: rank {self.rank} is above the smaller dimension of its {out_features} x {in_features} "
-                f"weight; choose at most {largest}"
-            )
+        """Raise SchemeError when rank or factor dtype do not suit the shape of the weight of layer ``where``."""
+        check_rank(self.rank, self.factor_dtype, (out_features, in_features), where)
+
+    def channel_order(self, weight: Tensor, statistics: InputStatistics) -> Tensor | None:
+        """None: a correction of two factors reads every channel, whatever their order."""
+        return None
 
     def reconstruct(self, weight: Tensor, statistics: InputStatistics, quantize: QuantizeFn) -> LinearWeights:
         """Quantize ``weight`` (out_features, in_features) and correct it; rank 0 leaves it uncorrected."""
         self.check(weight.shape[0], weight.shape[1], "weight")
-        quantized = quantize(weight)
         if self.rank == 0:
-            return LinearWeights(quantized)
+            return LinearWeights(quantize(weight))
+        return self._correct(weight, statistics, quantize)
+
+    @abstractmethod
+    def _correct(self, weight: Tensor, statistics: InputStatistics, quantize: QuantizeFn) -> LinearWeights:
+        """``reconstruct`` for a rank of 1 or more, after the checks."""
+
+
+class LowRankReconstructor(MethodBase):
+    """The template: quantize, then approximate the weight error in the norm that the weightings define."""
+
+    @abstractmethod
+    def weighting(self, statistics: InputStatistics, in_features: int) -> Tensor | None:
+        """R of the norm ``tr(D E R E^T)``: None, a diagonal (in_features,), or (in_features, in_features); float64."""
+
+    def output_weighting(self, statistics: InputStatistics, out_features: int) -> Tensor | None:
+        """Diagonal D of the same norm, (out_features,) float64; None: every output channel counts the same."""
+        return None
+
+    def _correct(self, weight: Tensor, statistics: InputStatistics, quantize: QuantizeFn) -> LinearWeights:
+        quantized = quantize(weight)
         weighting = self.weighting(statistics, weight.shape[1])
-        factors = weighted_low_rank(weight - dequantize(quantized), weighting, self.rank)
-        lora_up, lora_down = balance(*factors) if self.is_balanced else factors
-        correction = Correction(self._stored(lora_up), self._stored(lora_down))
-        return LinearWeights(quantized, correction)
-
-    def _stored(self, factor: Tensor) -> Tensor:
-        return factor.to(self.factor_dtype).contiguous()
+        output_weighting = self.output_weighting(statistics, weight.shape[0])
+        error = residual(weight, quantized)
+        factors = weighted_low_rank(error, weighting, self.rank, output_weighting)
+        return LinearWeights(quantized, store_factors(*factors, self.factor_dtype, error, weighting))
 
 
-def require(statistics: InputStatistics, statistic: Statistic, in_features: int) -> Tensor:
-    """The named statistic in float64, checked.
+def check_rank(rank: int, factor_dtype: FactorDtype, shape: Sequence[int], where: str) -> None:
+    """Check that a weight of ``shape`` (out_features, in_features) can have a correction of two factors of ``rank``.
 
     Raises:
-        CalibrationError: it is missing, has the wrong shape, is not finite or negative where it cannot be, or is an
-            autocorrelation that is not symmetric.
+        SchemeError: it is above the smaller dimension, or groups of ``factor_dtype`` do not tile the factors; names the
+            layer ``where``.
     """
-    values: Tensor | None = getattr(statistics, statistic.value)
+    out_features, in_features = shape
+    largest = min(shape)
+    if rank > largest:
+        raise SchemeError(
+            f"{where}: rank {rank} is above the smaller dimension of its {out_features} x {in_features} weight; "
+            f"choose at most {largest}"
+        )
+    if rank:
+        check_factors(factor_dtype, out_features, in_features, where)
+
+
+def residual(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
+    """What the codes miss: (out_features, in_features) float32, in the memory of the dequantized weight."""
+    return dequantize(quantized).neg_().add_(weight)
+
+
+def stored_product(correction: Correction, dtype: torch.dtype) -> Tensor:
+    """What the two factors of ``correction`` amount to as they are stored, (out_features, in_features)."""
+    lora_up, lora_down = dense_factors(correction)
+    assert lora_down is not None  # noqa: S101 - only SERQ has a single factor
+    return (lora_up.double() @ lora_down.double()).to(dtype)
+
+
+def permute_statistics(statistics: InputStatistics, order: Tensor) -> InputStatistics:
+    """Statistics of the same layer once its input channels are gathered in ``order`` (in_features,).
+
+    Raises:
+        CalibrationError: a statistic of another number of channels.
+    """
+    names = [field.name for field in fields(statistics) if field.name not in _NOT_PER_INPUT_CHANNEL]
+    permuted: dict[str, Any] = {name: _permuted(name, getattr(statistics, name), order.long()) for name in names}
+    return replace(statistics, **permuted)
+
+
+def _permuted(name: str, values: Tensor | None, order: Tensor) -> Tensor | None:
     if values is None:
-        raise CalibrationError(f"the statistic {statistic} was not collected; calibrate for a method that requires it")
-    expected = (in_features,) * (2 if statistic is Statistic.AUTOCORRELATION else 1)
-    if tuple(values.shape) != expected:
-        raise CalibrationError(f"the statistic {statistic} has shape {tuple(values.shape)}; expected {expected}")
-    for rows in torch.split(values, 1024):
-        if not rows.isfinite().all():
-            raise CalibrationError(
-                f"the statistic {statistic} is not finite; look for inf or nan in the activations of the checkpoint "
-                f"(half-precision overflow is the usual cause: calibrate in float32)"
-            )
-    if (values.diagonal() if values.dim() == 2 else values).min() < 0:
-        raise CalibrationError(f"the statistic {statistic} has a negative entry where only squares are summed")
-    if values.dim() == 2:
-        _check_symmetric(values, statistic)
-    return values.double()
-
-
-def _check_symmetric(matrix: Tensor, statistic: Statistic) -> None:
-    tolerance = 1e-4 * float(matrix.diagonal().max())
-    for start in range(0, matrix.shape[0], 1024):
-        rows, columns = matrix[start : start + 1024], matrix[:, start : start + 1024].T
-        if float((rows - columns).abs().max()) > tolerance:
-            raise CalibrationError(f"the statistic {statistic} is not symmetric; it was not accumulated as E[x^T x]")
+        return None
+    if any(length != len(order) for length in values.shape):
+        raise CalibrationError(f"the statistic {name} has shape {tuple(values.shape)}; expected {len(order)} channels")
+    order = order.to(values.device)
+    return values[order] if values.dim() == 1 else values[order[:, None], order]

@@ -8,8 +8,9 @@ is dead or there are fewer tokens than channels. The leading eigenvectors V of `
     C = V (V^T E)        loss = tr(G) - (sum of the k largest eigenvalues of G)
 
 without root or inverse, for every positive semi-definite R. LQER (arXiv 2402.02446) and QERA (arXiv 2410.06040,
-theorem 1) are cases of it. float64 throughout: R spans eight orders of magnitude and more, and what is left after the
-correction lies in its small directions.
+theorem 1) are cases of it. A diagonal D that weighs the output channels too, ``tr(D (E - C) R (E - C)^T)``, is the same
+problem for the error ``sqrt(D) E``. float64 throughout: R spans eight orders of magnitude and more, and what is left
+after the correction lies in its small directions.
 """
 
 import torch
@@ -19,11 +20,14 @@ _EXACT_SIZE = 1024
 _OVERSAMPLING = 16
 _MAX_BLOCKS = 8
 _TOLERANCE = 1e-3
+_SMALLEST_OUTPUT_WEIGHT = 1e-6
 _SEED = 0
 
 
-def weighted_low_rank(error: Tensor, weighting: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
-    """Best approximation ``lora_up @ lora_down`` of ``error`` in the norm that ``weighting`` defines.
+def weighted_low_rank(
+    error: Tensor, weighting: Tensor | None, rank: int, output_weighting: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Best approximation ``lora_up @ lora_down`` of ``error`` in the norm that the weightings define.
 
     Exact up to a smaller dimension of 1024 and for large ranks; beyond that within 0.1 % of the least loss.
 
@@ -32,23 +36,35 @@ def weighted_low_rank(error: Tensor, weighting: Tensor | None, rank: int) -> tup
         weighting: None for the identity, (in_features,) for a diagonal R, (in_features, in_features) for a full one;
             positive semi-definite, possibly singular
         rank: 1 to the smaller dimension
+        output_weighting: None for the identity, or the diagonal of D, (out_features,), not negative. Below a millionth
+            of its mean it counts as that much: an output that does not matter still gets its best combination of the
+            components
 
     Returns:
-        lora_up (out_features, rank) with orthonormal columns, ordered by the loss that each removes, and
-        lora_down (rank, in_features); both float64
+        lora_up (out_features, rank) and lora_down (rank, in_features), float64, ordered by the loss that each component
+        removes. The columns of lora_up are orthonormal, with an output weighting those of ``sqrt(D) lora_up``
     """
     error = error.double()
     weighting = None if weighting is None else weighting.double()
-    num_rows, num_columns = error.shape
-    if min(num_rows, num_columns) > max(_EXACT_SIZE, (rank + _OVERSAMPLING) * _MAX_BLOCKS):
-        lora_up = _krylov_eigenvectors(error, weighting, rank)
-    elif num_rows <= num_columns:
-        lora_up = _leading_eigenvectors(weigh(error, weighting) @ error.T, rank)
-    else:
-        # G has rank in_features at most: its eigenvectors lie in the column space of E
-        basis, triangle = torch.linalg.qr(error)
-        lora_up = basis @ _leading_eigenvectors(weigh(triangle, weighting) @ triangle.T, rank)
-    return lora_up, lora_up.T @ error
+    if output_weighting is None:
+        lora_up = _loss_directions(error, weighting, rank)
+        return lora_up, lora_up.T @ error
+    scale = _guarded_root(output_weighting)[:, None]
+    error = error * scale
+    lora_up = _loss_directions(error, weighting, rank)
+    return lora_up / scale, lora_up.T @ error
+
+
+def component_losses(lora_down: Tensor, weighting: Tensor | None) -> Tensor:
+    """Loss that each component of a solution without output weighting removes: the eigenvalues of G, (rank,) float64.
+
+    Args:
+        lora_down: (rank, in_features), beside a lora_up with orthonormal columns
+        weighting: as in ``weighted_low_rank``
+    """
+    lora_down = lora_down.double()
+    weighting = None if weighting is None else weighting.double()
+    return (weigh(lora_down, weighting) * lora_down).sum(1)
 
 
 def weigh(rows: Tensor, weighting: Tensor | None) -> Tensor:
@@ -58,21 +74,28 @@ def weigh(rows: Tensor, weighting: Tensor | None) -> Tensor:
     return rows * weighting if weighting.dim() == 1 else rows @ weighting
 
 
-def balance(lora_up: Tensor, lora_down: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with both factors of equal size: ``U sqrt(Sigma)`` and ``sqrt(Sigma) V^T``.
+def _loss_directions(error: Tensor, weighting: Tensor | None, rank: int) -> Tensor:
+    """Leading eigenvectors of ``G = E R E^T``, (out_features, rank), by the cheapest way for the shape of E."""
+    num_rows, num_columns = error.shape
+    if min(num_rows, num_columns) > max(_EXACT_SIZE, (rank + _OVERSAMPLING) * _MAX_BLOCKS):
+        return _krylov_eigenvectors(error, weighting, rank)
+    if num_rows <= num_columns:
+        return _leading_eigenvectors(weigh(error, weighting) @ error.T, rank)
+    # G has rank in_features at most: its eigenvectors lie in the column space of E
+    basis, triangle = torch.linalg.qr(error)
+    leading: Tensor = basis @ _leading_eigenvectors(weigh(triangle, weighting) @ triangle.T, rank)
+    return leading
 
-    Args:
-        lora_up: (out_features, rank) with orthonormal columns
-        lora_down: (rank, in_features)
-    """
-    sizes = lora_down.norm(dim=1).sqrt()
-    divisors = torch.where(sizes > 0, sizes, 1.0)
-    return lora_up * sizes, lora_down / divisors[:, None]
+
+def _guarded_root(output_weighting: Tensor) -> Tensor:
+    values = output_weighting.double()
+    mean = values.mean()
+    return torch.where(mean > 0, values.clamp(min=_SMALLEST_OUTPUT_WEIGHT * mean), 1.0).sqrt()
 
 
 def _leading_eigenvectors(symmetric: Tensor, count: int) -> Tensor:
     """Eigenvectors of the ``count`` largest eigenvalues, largest first, as columns."""
-    eigenvectors: Tensor = torch.linalg.eigh((symmetric + symmetric.T) / 2).eigenvectors
+    eigenvectors: Tensor = torch.linalg.eigh((symmetric + symmetric.T).div_(2)).eigenvectors
     return eigenvectors[:, -count:].flip(1)
 
 

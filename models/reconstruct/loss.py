@@ -6,7 +6,8 @@ from math import inf, sqrt
 import torch
 from torch import Tensor
 
-from ..quant.affine import dequantize
+from ..quant.grid import dense_factors, dequantize
+from ..transform.inputs import InputTransform
 from ..types import InputStatistics, LinearWeights
 from .linalg import weigh
 
@@ -29,12 +30,13 @@ class LayerErrors:
 
 
 def layer_errors(weight: Tensor, weights: LinearWeights, statistics: InputStatistics) -> LayerErrors:
-    """Errors of ``weights`` against the dense ``weight`` (out_features, in_features).
+    """Errors of ``weights`` against ``weight`` (out_features, in_features), which it was made of.
 
+    All three are in the layer's own coordinates: the input is divided, gathered and rotated already.
     The output error takes the autocorrelation of the inputs, or else their mean squares (channels as uncorrelated).
     """
-    before = weight.double() - effective_weight(replace(weights, correction=None))
-    after = before if weights.correction is None else weight.double() - effective_weight(weights)
+    before = weight.double() - stored_weight(replace(weights, correction=None))
+    after = before if weights.correction is None else weight.double() - stored_weight(weights)
     weight_before, weight_after = _relative_errors(weight, None, before, after)
     weighting = statistics.mean_square if statistics.autocorrelation is None else statistics.autocorrelation
     if weighting is None:
@@ -56,16 +58,19 @@ def weighted_square(rows: Tensor, weighting: Tensor | None) -> float:
     return max(0.0, sum(float((weigh(block, weighting) * block).sum()) for block in blocks))
 
 
+def stored_weight(weights: LinearWeights) -> Tensor:
+    """Codes and correction as one matrix (out_features, in_features) float64, in the layer's own coordinates."""
+    weight = dequantize(weights.quantized).double()
+    if weights.correction is not None:
+        lora_up, lora_down = dense_factors(weights.correction)
+        if lora_down is None:
+            weight[:, : lora_up.shape[1]] += lora_up.double()
+        else:
+            weight += lora_up.double() @ lora_down.double()
+    return weight
+
+
 def effective_weight(weights: LinearWeights) -> Tensor:
     """The one matrix (out_features, in_features) float64 that the layer applies to its input."""
-    weight = dequantize(weights.quantized).double()
-    correction = weights.correction
-    if correction is not None:
-        lora_up = correction.lora_up.double()
-        if correction.lora_down is None:
-            weight[:, : correction.rank] += lora_up
-        else:
-            weight += lora_up @ correction.lora_down.double()
-    if weights.channel_order is not None:
-        weight = torch.empty_like(weight).index_copy_(1, weights.channel_order.long(), weight)
-    return weight if weights.input_scale is None else weight / weights.input_scale.double()
+    transform = InputTransform(weights.input_scale, weights.channel_order, weights.rotation_block)
+    return transform.undo(stored_weight(weights))

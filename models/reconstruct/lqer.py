@@ -10,7 +10,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..types import InputStatistics, Statistic
-from .base import LowRankReconstructor, require
+from .base import LowRankReconstructor
+from .statistics import require
 
 _SMALLEST_MEAN_ABS = 1e-4
 
@@ -19,7 +20,6 @@ class Lqer(LowRankReconstructor):
     """Minimises the weight error; looks at no data."""
 
     method: ClassVar[str] = "lqer"
-    requires: ClassVar[frozenset[Statistic]] = frozenset()
 
     def weighting(self, statistics: InputStatistics, in_features: int) -> Tensor | None:
         """None: every input channel counts the same."""
@@ -30,7 +30,7 @@ class L2qer(LowRankReconstructor):
     """Minimises the weight error with each input channel scaled by its mean magnitude."""
 
     method: ClassVar[str] = "l2qer"
-    requires: ClassVar[frozenset[Statistic]] = frozenset({Statistic.MEAN_ABS})
+    requires: frozenset[Statistic] = frozenset({Statistic.MEAN_ABS})
 
     def weighting(self, statistics: InputStatistics, in_features: int) -> Tensor | None:
         """Squares of the channel scales, (in_features,)."""

@@ -15,12 +15,20 @@ from transformers import AutoModelForCausalLM
 from models.artifact.load import load_artifact
 from models.artifact.reader import ArtifactReader
 from models.build import SilentObserver, build_artifact
-from models.config import BuildConfig, CalibrationConfig, QuantScheme, ReconstructConfig
+from models.config import (
+    BudgetConfig,
+    BuildConfig,
+    CalibrationConfig,
+    LayerConfig,
+    ReconstructConfig,
+    TransformConfig,
+)
 from models.errors import ArtifactError, CalibrationError, SchemeError
 from models.evaluate.perplexity import score_window, summarize
 from models.llama.checkpoint import open_checkpoint
-from models.quant.affine import dequantize
+from models.quant.grid import dequantize
 from models.reconstruct.loss import effective_weight
+from models.scheme import ActivationScheme, QuantScheme
 from tests.support.tiny_checkpoints import VOCAB_SIZE, random_tensors, tiny_config, write_checkpoint
 
 LENGTH, NUM_SEQUENCES, NUM_HOLDOUT = 24, 6, 2
@@ -246,7 +254,33 @@ class Untouchable:
             r"layers\.0\.self_attn\.k_proj.*rank 33.*at most 32",
         ),
         (BuildConfig(reconstruct=ReconstructConfig(method="magic")), r"'magic'.*qera-exact"),
-        (BuildConfig(quantizer="magic"), r"'magic'.*rtn"),
+        (
+            BuildConfig(
+                scheme=QuantScheme(group_size=32), transform=TransformConfig(rotation="online", rotation_block=64)
+            ),
+            r"layers\.0\.mlp\.down_proj.*rotation_block 64 does not divide 96.*32",
+        ),
+        (
+            BuildConfig(scheme=QuantScheme(group_size=32), activations=ActivationScheme(group_size=64)),
+            r"layers\.0\.mlp\.down_proj: activation group_size 64.*96",
+        ),
+        (
+            BuildConfig(scheme=QuantScheme(group_size=32), layers={"lm_head": LayerConfig(rank=0)}),
+            r"'lm_head' is not a linear layer.*model\.layers\.0\.self_attn\.q_proj",
+        ),
+        (
+            BuildConfig(scheme=QuantScheme(group_size=32), budget=BudgetConfig(target_bits=1.5)),
+            r"1\.5.*reach",
+        ),
+        (
+            BuildConfig(
+                scheme=QuantScheme(group_size=32),
+                transform=TransformConfig(flatten=1.0),
+                reconstruct=ReconstructConfig(method="none"),
+                calibration=CalibrationConfig(source="none"),
+            ),
+            r"flatten.*--calibration",
+        ),
         (
             BuildConfig(scheme=QuantScheme(group_size=32), calibration=CalibrationConfig(source="none")),
             r"autocorrelation.*--calibration",

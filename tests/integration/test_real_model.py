@@ -7,10 +7,11 @@ import pytest
 
 from models.artifact.load import load_artifact
 from models.build import build_artifact
-from models.config import BuildConfig, CalibrationConfig, QuantScheme, ReconstructConfig
+from models.config import BuildConfig, CalibrationConfig, ReconstructConfig
 from models.evaluate.load import load_for_evaluation
 from models.evaluate.perplexity import perplexity
 from models.llama.checkpoint import open_checkpoint
+from models.scheme import QuantScheme
 from tests.support.api_server import live_loaded_server
 from tools.demo import PERPLEXITY_TEXT
 

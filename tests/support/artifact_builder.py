@@ -12,14 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.artifact.format import LinearRecord, LoraForm, Manifest
+from models.artifact.format import Manifest
 from models.artifact.jsonio import tabular_json
 from models.artifact.reader import ArtifactReader
+from models.artifact.record import LinearRecord, LoraForm
 from models.artifact.writer import ArtifactWriter
-from models.config import BuildConfig, QuantScheme
+from models.config import BuildConfig, FactorDtype
 from models.errors import ArtifactError
 from models.llama.config import LlamaConfig
-from models.types import Correction, LinearWeights, QuantizedWeight
+from models.quant.factors import FACTOR_SCHEMES, FLOAT_FACTORS
+from models.scheme import ActivationScheme, QuantScheme
+from models.types import Correction, Factor, LinearWeights, QuantizedWeight
 
 HF_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -53,39 +56,54 @@ class LinearKind:
     scheme: QuantScheme = field(default_factory=lambda: QuantScheme(group_size=32))
     rank: int = 4
     form: LoraForm = "two-factor"
-    factor_dtype: torch.dtype = torch.bfloat16
+    factor_dtype: FactorDtype = "bfloat16"
     has_bias: bool = False
     has_input_scale: bool = False
     has_channel_order: bool = False
+    rotation_block: int = 0
+    activations: ActivationScheme | None = None
 
 
-def random_linear(rows: int, columns: int, kind: LinearKind, generator: torch.Generator) -> LinearWeights:
-    """A linear layer of ``kind`` with every value drawn at random."""
-    scheme, groups = kind.scheme, kind.scheme.num_groups(columns)
+def random_codes(rows: int, columns: int, scheme: QuantScheme, generator: torch.Generator) -> QuantizedWeight:
+    """A quantized matrix with every code, scale and zero point drawn at random."""
+    groups = scheme.num_groups(columns)
 
     def codes(*shape: int) -> Tensor:
         return torch.randint(0, scheme.max_code + 1, shape, generator=generator).to(torch.uint8)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+    if scheme.has_exponent_scale:
+        scale = (2.0 ** torch.randint(-11, -5, (rows, groups), generator=generator)).to(torch.bfloat16)
+    else:
+        scale = (torch.rand(rows, groups, generator=generator) * 0.02 + 0.001).to(torch.float16)
+    zero_point = None if scheme.is_symmetric else codes(rows, groups)
+    return QuantizedWeight(codes(rows, columns), scale, zero_point, scheme)
 
-    quantized = QuantizedWeight(
-        codes=codes(rows, columns),
-        scale=(torch.rand(rows, groups, generator=generator) * 0.02 + 0.001).to(torch.float16),
-        zero_point=None if scheme.is_symmetric else codes(rows, groups),
-        scheme=scheme,
-    )
-    correction = None
-    if kind.form != "none":
-        up = (normal(rows, kind.rank) * 0.05).to(kind.factor_dtype)
-        down = (normal(kind.rank, columns) * 0.05).to(kind.factor_dtype)
-        correction = Correction(up, down if kind.form == "two-factor" else None)
+
+def random_correction(rows: int, columns: int, kind: LinearKind, generator: torch.Generator) -> Correction:
+    """Low-rank factors of the type and form of ``kind``."""
+
+    def factor(*shape: int) -> Factor:
+        if kind.factor_dtype in FACTOR_SCHEMES:
+            return random_codes(*shape, FACTOR_SCHEMES[kind.factor_dtype], generator)
+        return (torch.randn(shape, generator=generator) * 0.05).to(FLOAT_FACTORS[kind.factor_dtype])
+
+    if kind.form == "single-factor":
+        return Correction(factor(rows, kind.rank), None)
+    is_transposed = kind.factor_dtype in FACTOR_SCHEMES
+    lora_up = factor(kind.rank, rows) if is_transposed else factor(rows, kind.rank)
+    return Correction(lora_up, factor(kind.rank, columns))
+
+
+def random_linear(rows: int, columns: int, kind: LinearKind, generator: torch.Generator) -> LinearWeights:
+    """A linear layer of ``kind`` with every value drawn at random."""
     return LinearWeights(
-        quantized,
-        correction,
+        quantized=random_codes(rows, columns, kind.scheme, generator),
+        correction=None if kind.form == "none" else random_correction(rows, columns, kind, generator),
         input_scale=torch.rand(columns, generator=generator) + 0.5 if kind.has_input_scale else None,
         channel_order=torch.randperm(columns, generator=generator).to(torch.int32) if kind.has_channel_order else None,
-        bias=normal(rows).to(torch.bfloat16) if kind.has_bias else None,
+        rotation_block=kind.rotation_block,
+        activations=kind.activations,
+        bias=torch.randn(rows, generator=generator).to(torch.bfloat16) if kind.has_bias else None,
     )
 
 
@@ -132,6 +150,22 @@ def tiny_model(kind: LinearKind | None = None, seed: int = 0, **changes: Any) ->
         values = torch.randn(shape, generator=generator)
         tensors[name] = (values if len(shape) == 2 else 1 + 0.1 * values).to(torch.bfloat16)
     return TinyModel(hf_config, linears, tensors)
+
+
+MX_KIND = LinearKind(
+    scheme=QuantScheme(4, 32, format="mxint", exponent="ceil"),
+    factor_dtype="mxint6",
+    rotation_block=16,
+    activations=ActivationScheme(4, 32),
+)
+
+
+def mixed_model(kind: LinearKind, **changes: Any) -> TinyModel:
+    """``tiny_model`` with linear layers of ``kind`` in its first decoder layer, and of ``MX_KIND`` in the others."""
+    changes = {"num_key_value_heads": 2, **changes}  # as wide as groups of factors are
+    first, others = tiny_model(kind, **changes), tiny_model(MX_KIND, **changes)
+    linears = {path: (first if path.startswith("model.layers.0.") else others).linears[path] for path in first.linears}
+    return replace(first, linears=linears)
 
 
 def records_of(linears: dict[str, LinearWeights]) -> dict[str, LinearRecord]:

@@ -16,7 +16,7 @@ REPORT = {
     "seconds": 12.0,
     "peak_memory_bytes": 300 << 20,
     "memory_bound_bytes": 400 << 20,
-    "calibration_peak_bytes": 1 << 20,
+    "preparation_peak_bytes": 1 << 20,
 }
 MANIFEST = {
     "effective_bits": 5.125,

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from models.artifact.reader import ArtifactReader
 from models.errors import ArtifactError
-from tests.support.artifact_builder import content, refusal, split_shard, tiny_model, write_artifact
+from tests.support.artifact_builder import LinearKind, content, mixed_model, refusal, split_shard, write_artifact
 
 FILES = (
     "chat_template.jinja",
@@ -22,6 +22,7 @@ FILES = (
     "model-00003-of-00003.safetensors",
     "model.safetensors.index.json",
     "quantization.json",
+    "report.html",
     "tokenizer.json",
 )
 SHARDS = tuple(name for name in FILES if name.endswith(".safetensors"))
@@ -30,7 +31,7 @@ SHARDS = tuple(name for name in FILES if name.endswith(".safetensors"))
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("damage") / "art"
-    write_artifact(directory, tiny_model())
+    write_artifact(directory, mixed_model(LinearKind()), report=lambda _manifest: b"<html>how it went</html>")
     assert sorted(file.name for file in directory.iterdir()) == list(FILES)
     return directory
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from transformers import LlamaForCausalLM as HfLlama
 
 from models.artifact.load import ArtifactWeights, load_artifact
 from models.artifact.reader import ArtifactReader
-from models.config import QuantScheme
 from models.device import default_dtype
 from models.errors import ArtifactError, KernelError
 from models.kernels import get_backends
 from models.llama.batch import Batch
 from models.llama.model import LlamaForCausalLM
+from models.scheme import ActivationScheme, QuantScheme
 from models.types import LinearWeights
 from tests.support.artifact_builder import LinearKind, TinyModel, tiny_model, write_artifact
+from tests.support.linear_oracle import expected_output
 from tests.support.tiny_checkpoints import VOCAB_SIZE, tokenizer_files
 
 TOKENS = [5, 17, 301, 42, 42, 8, 119, 260]
@@ -37,17 +39,9 @@ def model_of(kind: LinearKind | None = None, **changes: Any) -> TinyModel:
 
 
 def merged(weights: LinearWeights) -> Tensor:
-    """One dense matrix that does what the layer does, in float64; for layers that take their input as it comes."""
-    quantized = weights.quantized
-    groups = quantized.codes.double().unflatten(1, (quantized.scale.shape[1], -1))
-    middle = 2 ** (quantized.scheme.num_bits - 1)
-    zero_point = (
-        torch.tensor(float(middle)) if quantized.zero_point is None else quantized.zero_point.double()[..., None]
-    )
-    dense = ((groups - zero_point) * quantized.scale.double()[..., None]).flatten(1)
-    if weights.correction is not None and weights.correction.lora_down is not None:
-        dense += weights.correction.lora_up.double() @ weights.correction.lora_down.double()
-    return dense
+    """One dense matrix that does what the layer does, in float64: its outputs for every unit input."""
+    in_features = weights.quantized.in_features
+    return expected_output(replace(weights, bias=None), torch.eye(in_features)).value.T
 
 
 def reference_logits(model: TinyModel) -> Tensor:
@@ -76,7 +70,11 @@ def logits_of(network: LlamaForCausalLM) -> Tensor:
     [
         (LinearKind(), {}),
         (LinearKind(scheme=QuantScheme(num_bits=3, group_size=-1, is_symmetric=True), form="none"), {}),
-        (LinearKind(scheme=QuantScheme(num_bits=8, group_size=32), factor_dtype=torch.float32), {}),
+        (LinearKind(scheme=QuantScheme(num_bits=8, group_size=32), factor_dtype="float32"), {}),
+        (LinearKind(scheme=QuantScheme(4, 32, format="mxint", exponent="ceil"), factor_dtype="int8"), {}),
+        (LinearKind(scheme=QuantScheme(4, 32, format="mxfp4"), factor_dtype="int4"), {"num_key_value_heads": 2}),
+        (LinearKind(scheme=QuantScheme(4, 32, format="nf4"), rank=32, form="single-factor", factor_dtype="mxint8"), {}),
+        (LinearKind(has_input_scale=True, has_channel_order=True, rotation_block=16), {}),
         (LinearKind(), {"tie_word_embeddings": True}),
         (LinearKind(), {"attention_bias": True, "mlp_bias": True}),
     ],
@@ -88,6 +86,19 @@ def test_a_loaded_network_gives_the_logits_of_transformers_over_the_merged_weigh
     write_artifact(tmp_path / "art", model, tokenizer_files=tokenizer)
     loaded = load_artifact(tmp_path / "art", dtype=torch.float32, backend="reference")
     torch.testing.assert_close(logits_of(loaded.model).double(), reference_logits(model), atol=1e-4, rtol=1e-4)
+
+
+def test_activations_are_quantized_where_a_layer_says_so(tmp_path: Path, tokenizer: dict[str, bytes]) -> None:
+    logits = []
+    for activations in (None, ActivationScheme(8, is_symmetric=True), ActivationScheme(4, 32)):
+        model = model_of(LinearKind(activations=activations))
+        directory = tmp_path / str(len(logits))
+        write_artifact(directory, model, tokenizer_files=tokenizer)
+        logits.append(logits_of(load_artifact(directory, dtype=torch.float32, backend="reference").model))
+    dense, eight_bits, four_bits = logits
+    # finer grids come closer, and no grid leaves everything as it is
+    assert 0 < float((eight_bits - dense).norm()) < float((four_bits - dense).norm()) / 4
+    assert float((eight_bits - dense).norm()) < 0.05 * float(dense.norm())
 
 
 def test_the_default_backends_agree_with_the_reference_in_bfloat16(tmp_path: Path, tokenizer: dict[str, bytes]) -> None:

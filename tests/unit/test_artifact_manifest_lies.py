@@ -12,16 +12,17 @@ import pytest
 from models.artifact.format import MAX_JSON_BYTES
 from tests.support.artifact_builder import (
     LinearKind,
+    mixed_model,
     refusal,
     sign,
     sign_again,
-    tiny_model,
     write_artifact,
 )
 
 SHARD = "model-00001-of-00003.safetensors"
 PATH = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"
+MX = "model.layers.1.self_attn.q_proj"
 UP, PACKED = f"{PATH}.lora_up", f"{PATH}.weight_packed"
 Values = dict[str, Any]
 KIND = LinearKind(has_input_scale=True, has_channel_order=True)
@@ -30,7 +31,7 @@ KIND = LinearKind(has_input_scale=True, has_channel_order=True)
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("lies") / "art"
-    write_artifact(directory, tiny_model(KIND))
+    write_artifact(directory, mixed_model(KIND))
     return directory
 
 
@@ -42,6 +43,19 @@ def artifact(original: Path, tmp_path: Path) -> Path:
 def record(**changes: object) -> Callable[[Values], None]:
     """Change the record of ``PATH``."""
     return lambda values: values["linears"][PATH].update(changes)
+
+
+def mx_record(**changes: object) -> Callable[[Values], None]:
+    """Change the record of ``MX``, a layer of MXINT4 with MXINT6 factors, a rotation and quantized activations."""
+    return lambda values: values["linears"][MX].update(changes)
+
+
+def mx_scheme(**changes: object) -> Callable[[Values], None]:
+    return lambda values: values["linears"][MX]["scheme"].update(changes)
+
+
+def mx_activations(**changes: object) -> Callable[[Values], None]:
+    return lambda values: values["linears"][MX]["activations"].update(changes)
 
 
 def listed(**changes: object) -> Callable[[Values], None]:
@@ -69,6 +83,31 @@ MANIFEST_LIES: dict[str, tuple[Callable[[Values], object], str]] = {
     "a bias": (record(has_bias=True), f"{PATH}.bias"),
     "no input scale": (record(has_input_scale=False), f"{PATH}.input_scale"),
     "no channel order": (record(has_channel_order=False), f"{PATH}.channel_order"),
+    "a format that is none": (mx_scheme(format="fp8"), "scheme"),
+    "a format with other scales": (mx_scheme(format="int", is_symmetric=True), f"{MX}.weight_scale"),
+    "float scales of nf4": (mx_scheme(format="nf4"), f"{MX}.weight_scale"),
+    "a group size of another format": (mx_scheme(group_size=64), "group_size"),
+    "blocks of 16": (mx_scheme(group_size=16), f"{MX}.weight_scale"),
+    "a width that the format does not have": (mx_scheme(format="mxfp4", num_bits=6), "num_bits"),
+    "plain factors for quantized ones": (mx_record(factor_dtype="bfloat16"), f"{MX}.lora_"),
+    "factors of other bits": (mx_record(factor_dtype="mxint8"), f"{MX}.lora_"),
+    "factors of another grid": (mx_record(factor_dtype="int8"), f"{MX}.lora_"),
+    "factors that are none": (mx_record(factor_dtype="int2"), MX),
+    "a single factor whose groups do not divide": (mx_record(lora_form="single-factor"), "lora_up"),
+    "quantized factors for plain ones": (record(factor_dtype="int8"), f"{PATH}.lora_"),
+    "a single factor wider than its input": (record(lora_form="single-factor", rank=33), "reads 33 channels of 32"),
+    "a rotation that does not divide": (mx_record(rotation_block=24), "rotation_block 24 does not divide 32"),
+    "a rotation that no matrix has": (
+        lambda v: v["linears"]["model.layers.1.mlp.down_proj"].update(rotation_block=1 << 30),
+        "rotation_block",
+    ),
+    "a negative rotation": (mx_record(rotation_block=-16), "rotation_block"),
+    "a rotation that is no number": (mx_record(rotation_block="16"), "rotation_block"),
+    "no rotation at all": (lambda v: v["linears"][MX].pop("rotation_block"), "rotation_block"),
+    "activations of a format that is none": (mx_activations(format="nf4"), "activations"),
+    "activations of too many bits": (mx_activations(num_bits=9), "num_bits is 9"),
+    "activation groups that do not divide": (mx_activations(group_size=64), "group_size 64 does not divide"),
+    "activations that are none": (mx_record(activations="int8"), "activations"),
     "other effective bits": (record(effective_bits=3.0), PATH),
     "a negative error": (record(relative_weight_error=-1.0), PATH),
     "text for a number": (record(rank="4"), PATH),
@@ -95,6 +134,8 @@ MANIFEST_LIES: dict[str, tuple[Callable[[Values], object], str]] = {
     "no records": (lambda v: v.update(linears={}), PATH.rpartition(".")[0].rpartition(".")[0]),
     "one shard less": (lambda v: v["files"].pop("model-00002-of-00003.safetensors"), "model-00002"),
     "a build that is none": (lambda v: v["build"].update(quantizer=3), "quantizer"),
+    "a build with a bad budget": (lambda v: v["build"].update(budget={"target_bits": 4.0, "num_bits": []}), "budget"),
+    "a build with a bad transform": (lambda v: v["build"]["transform"].update(flatten=2.0), "flatten"),
     "a build with a bad scheme": (lambda v: v["build"]["scheme"].update(num_bits=9), "num_bits"),
     "a path upwards": (rename_file("../tokenizer.json"), "files"),
     "an absolute path": (rename_file("/etc/passwd"), "files"),

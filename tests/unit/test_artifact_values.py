@@ -13,20 +13,22 @@ from hypothesis import strategies as st
 
 from models.artifact.reader import ArtifactReader
 from models.errors import ArtifactError
-from models.quant.affine import dequantize
+from models.quant.grid import dequantize
 from tests.support.artifact_builder import (
     LinearKind,
     content,
     join_shard,
+    mixed_model,
     sign,
     sign_again,
     split_shard,
-    tiny_model,
     write_artifact,
 )
 
 SHARD = "model-00001-of-00003.safetensors"
 PATH = "model.layers.0.self_attn.q_proj"
+MX_SHARD = "model-00002-of-00003.safetensors"
+MX = "model.layers.1.self_attn.q_proj"
 UP, SCALE = f"{PATH}.lora_up", f"{PATH}.weight_scale"
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 KIND = LinearKind(has_input_scale=True, has_channel_order=True)
@@ -35,7 +37,7 @@ KIND = LinearKind(has_input_scale=True, has_channel_order=True)
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("lies") / "art"
-    write_artifact(directory, tiny_model(KIND))
+    write_artifact(directory, mixed_model(KIND))
     return directory
 
 
@@ -44,12 +46,12 @@ def artifact(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "art"))
 
 
-def poke(artifact: Path, tensor: str, value: torch.Tensor) -> None:
+def poke(artifact: Path, tensor: str, value: torch.Tensor, shard: str = SHARD) -> None:
     """Overwrite a tensor's first element and make every hash right."""
-    header, data = split_shard(artifact / SHARD)
+    header, data = split_shard(artifact / shard)
     start = header[tensor]["data_offsets"][0]
     raw = bytes(value.reshape(1).view(torch.uint8).tolist())
-    join_shard(artifact / SHARD, header, data[:start] + raw + data[start + len(raw) :])
+    join_shard(artifact / shard, header, data[:start] + raw + data[start + len(raw) :])
     sign_again(artifact)
 
 
@@ -78,6 +80,22 @@ def test_a_value_no_network_can_run_with_is_refused_when_its_layer_is_read(
         with pytest.raises(ArtifactError) as caught:
             reader.linear(PATH)
     assert f"{artifact / SHARD}: tensor {tensor}:" in str(caught.value)
+
+
+@pytest.mark.parametrize("tensor", ["weight_scale", "lora_up_scale", "lora_down_scale"])
+@pytest.mark.parametrize("exponent", [0, 255])
+def test_an_exponent_that_stands_for_no_usable_scale_is_refused(artifact: Path, tensor: str, exponent: int) -> None:
+    poke(artifact, f"{MX}.{tensor}", torch.tensor(exponent, dtype=torch.uint8), MX_SHARD)
+    with ArtifactReader.open(artifact, verify="structure") as reader, pytest.raises(ArtifactError) as caught:
+        reader.linear(MX)
+    assert f"{artifact / MX_SHARD}: tensor {MX}.{tensor}:" in str(caught.value)
+
+
+@pytest.mark.parametrize("exponent", [1, 254])
+def test_every_other_exponent_is_a_power_of_two(artifact: Path, exponent: int) -> None:
+    poke(artifact, f"{MX}.weight_scale", torch.tensor(exponent, dtype=torch.uint8), MX_SHARD)
+    with ArtifactReader.open(artifact, verify="structure") as reader:
+        assert float(reader.linear(MX).quantized.scale[0, 0]) == 2.0 ** (exponent - 127)
 
 
 def test_a_norm_that_is_not_finite_is_refused_when_it_is_read(artifact: Path) -> None:

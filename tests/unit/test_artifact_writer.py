@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from models.artifact.format import LinearRecord
 from models.artifact.reader import ArtifactReader
+from models.artifact.record import LinearRecord
 from models.artifact.writer import ArtifactWriter
 from models.errors import ArtifactError
-from models.types import Correction, LinearWeights
+from models.scheme import ActivationScheme, QuantScheme
+from models.types import Correction, LinearWeights, QuantizedWeight
 from tests.support.artifact_builder import (
     LinearKind,
     TinyModel,
@@ -67,6 +68,20 @@ def with_value(tensor: torch.Tensor, value: float) -> torch.Tensor:
     )
 
 
+def mx_weight(scale: torch.Tensor) -> QuantizedWeight:
+    return QuantizedWeight(torch.zeros(32, 32, dtype=torch.uint8), scale, None, QuantScheme(4, 32, format="mxint"))
+
+
+def factors_with(codes: int = 0, scale: float = 1) -> Correction:
+    """Quantized factors of rank 4 whose lora_up has ``codes`` and ``scale`` everywhere."""
+    scheme = QuantScheme(4, 32, is_symmetric=True)
+    up = QuantizedWeight(
+        torch.full((4, 32), codes, dtype=torch.uint8), torch.full((4, 1), scale, dtype=torch.float16), None, scheme
+    )
+    down = QuantizedWeight(torch.zeros(4, 32, dtype=torch.uint8), torch.ones(4, 1).half(), None, scheme)
+    return Correction(up, down)
+
+
 UNSTORABLE: dict[str, tuple[Callable[[LinearWeights], LinearWeights], str]] = {
     "a code beyond its bits": (lambda w: spoiled(w, codes=with_value(w.quantized.codes, 16)), "weight_packed"),
     "codes of another type": (lambda w: spoiled(w, codes=w.quantized.codes.int()), "weight_packed"),
@@ -76,6 +91,17 @@ UNSTORABLE: dict[str, tuple[Callable[[LinearWeights], LinearWeights], str]] = {
     "a scale in float64": (lambda w: spoiled(w, scale=w.quantized.scale.double()), "weight_scale"),
     "a scale too few": (lambda w: spoiled(w, scale=w.quantized.scale[:-1]), "weight_scale"),
     "no zero point": (lambda w: spoiled(w, zero_point=None), "weight_zero_point"),
+    "a scale that is no power of two": (
+        lambda w: replace(w, quantized=mx_weight(torch.full((32, 1), 3.0, dtype=torch.bfloat16))),
+        "weight_scale",
+    ),
+    "a power of two that is too small": (
+        lambda w: replace(w, quantized=mx_weight(torch.full((32, 1), 2.0**-130, dtype=torch.bfloat16))),
+        "weight_scale",
+    ),
+    "powers of two in float32": (lambda w: replace(w, quantized=mx_weight(torch.ones(32, 1))), "weight_scale"),
+    "a code of a factor beyond its bits": (lambda w: replace(w, correction=factors_with(codes=16)), "lora_up_packed"),
+    "a scale of zero in a factor": (lambda w: replace(w, correction=factors_with(scale=0)), "lora_up_scale"),
     "an input scale of zero": (lambda w: replace(w, input_scale=torch.zeros(32)), "input_scale"),
     "an order with a channel twice": (
         lambda w: replace(w, channel_order=torch.zeros(32, dtype=torch.int32)),
@@ -142,6 +168,7 @@ def test_a_network_with_biases_needs_them_stored(tmp_path: Path) -> None:
     [
         ({"tokenizer_files": {"tokenizer.bin": b""}}, "tokenizer.bin"),
         ({"tokenizer_files": {"config.json": b""}}, "config.json"),
+        ({"tokenizer_files": {"report.html": b""}}, "report.html"),
         ({"tokenizer_files": {"x.safetensors": b""}}, "x.safetensors"),
         ({"tokenizer_files": {"../tokenizer.json": b""}}, "../tokenizer.json"),
         ({"tokenizer_files": {"": b""}}, "tokenizer file ''"),
@@ -204,6 +231,16 @@ def test_a_record_refuses_what_it_cannot_say(model: TinyModel) -> None:
     mixed = replace(weights, correction=Correction(torch.zeros(32, 4), torch.zeros(4, 32).half()))
     with pytest.raises(ArtifactError, match=r"float16.*float32"):
         LinearRecord.of(mixed, 0.1)
+    half_quantized = replace(weights, correction=Correction(factors_with().lora_up, torch.zeros(4, 32)))
+    with pytest.raises(ArtifactError, match=r"float32.*int4"):
+        LinearRecord.of(half_quantized, 0.1)
+    other_grid = replace(weights, correction=Correction(weights.quantized, None))
+    with pytest.raises(ArtifactError, match=r"INT4 asymmetric.*give both one of"):
+        LinearRecord.of(other_grid, 0.1)
+    with pytest.raises(ArtifactError, match="rotation_block 24 does not divide 32"):
+        LinearRecord.of(replace(weights, rotation_block=24), 0.1)
+    with pytest.raises(ArtifactError, match="group_size 64 does not divide its 32 input channels"):
+        LinearRecord.of(replace(weights, activations=ActivationScheme(4, 64)), 0.1)
     with pytest.raises(ArtifactError, match="float64"):
         LinearRecord.of(replace(weights, correction=Correction(torch.zeros(32, 4).double(), None)), 0.1)
 

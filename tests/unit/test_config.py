@@ -9,29 +9,76 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.config import (
-    GROUP_SIZES,
-    PER_CHANNEL,
+    BudgetConfig,
     BuildConfig,
     CalibrationConfig,
-    QuantScheme,
+    LayerConfig,
+    QuantizerConfig,
     ReconstructConfig,
+    TransformConfig,
 )
 from models.errors import QerveError, SchemeError
-
-schemes = st.builds(
-    QuantScheme, num_bits=st.integers(2, 8), group_size=st.sampled_from(GROUP_SIZES), is_symmetric=st.booleans()
+from models.scheme import (
+    ACTIVATION_GROUP_SIZES,
+    GROUP_SIZES,
+    PER_CHANNEL,
+    ActivationScheme,
+    QuantScheme,
 )
+
+
+def schemes_of(name: str) -> st.SearchStrategy[QuantScheme]:
+    return st.builds(
+        QuantScheme,
+        num_bits=st.just(4) if name in ("mxfp4", "nf4") else st.integers(2, 8),
+        group_size=st.sampled_from(GROUP_SIZES[name]),
+        is_symmetric=st.booleans(),
+        format=st.just(name),
+        exponent=st.sampled_from(["floor", "ceil"]),
+    )
+
+
+def activation_schemes_of(name: str) -> st.SearchStrategy[ActivationScheme]:
+    return st.builds(
+        ActivationScheme,
+        num_bits=st.just(4) if name == "mxfp4" else st.integers(2, 8),
+        group_size=st.sampled_from(ACTIVATION_GROUP_SIZES[name]),
+        is_symmetric=st.booleans(),
+        format=st.just(name),
+    )
+
+
+schemes = st.one_of([schemes_of(name) for name in GROUP_SIZES])
+activation_schemes = st.one_of([activation_schemes_of(name) for name in ACTIVATION_GROUP_SIZES])
 # Any text a TOML and a JSON file can hold: no lone surrogates.
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 configs = st.builds(
     BuildConfig,
     scheme=schemes,
-    quantizer=texts,
+    activations=st.none() | activation_schemes,
+    quantizer=st.builds(
+        QuantizerConfig, method=st.just("gptq"), use_clip_search=st.booleans(), use_act_order=st.booleans()
+    ),
     reconstruct=st.builds(
         ReconstructConfig,
         method=texts,
         rank=st.integers(0, 4096),
-        factor_dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
+        factor_dtype=st.sampled_from(["bfloat16", "float16", "float32", "int8", "mxint4"]),
+        refit=st.booleans(),
+        options=st.dictionaries(st.sampled_from(["iterations", "split"]), st.booleans() | st.integers(0, 9) | texts),
+    ),
+    transform=st.builds(
+        TransformConfig,
+        flatten=st.none() | st.floats(0, 1),
+        permute=st.booleans(),
+        rotation=st.sampled_from(["none", "online"]),
+        rotation_block=st.sampled_from([0, 16, 64]),
+    ),
+    objective=st.sampled_from(["weight", "output"]),
+    budget=st.none() | st.builds(BudgetConfig, target_bits=st.floats(2, 8), max_rank=st.integers(0, 64)),
+    layers=st.dictionaries(
+        st.sampled_from(["model.layers.0.mlp.up_proj", "x"]),
+        st.builds(LayerConfig, num_bits=st.none() | st.integers(2, 8), rank=st.none() | st.integers(0, 9)),
     ),
     calibration=st.builds(
         CalibrationConfig,
@@ -40,7 +87,7 @@ configs = st.builds(
         sequence_length=st.integers(2, 10**6),
         batch_size=st.integers(1, 10**4),
         num_holdout=st.integers(0, 10**4),
-        inputs=st.sampled_from(["quantized", "dense"]),
+        inputs=st.sampled_from(["quantized", "sequential", "dense"]),
         seed=st.integers(-(2**31), 2**31),
     ),
 )
@@ -91,7 +138,11 @@ def test_partial_file_keeps_the_other_defaults(tmp_path: Path) -> None:
         ({"colour": "red"}, "colour"),
         ({"calibration": {"sequence_length": "long"}}, "calibration.sequence_length"),
         ({"calibration": {"inputs": "both"}}, "calibration.inputs"),
-        ({"reconstruct": {"factor_dtype": "int8"}}, "reconstruct.factor_dtype"),
+        ({"reconstruct": {"factor_dtype": "int7"}}, "reconstruct.factor_dtype"),
+        ({"quantizer": "gptq"}, "quantizer"),
+        ({"activations": {"bits": 4}}, "activations.bits"),
+        ({"budget": {}}, "budget.target_bits"),
+        ({"layers": {"x": {"num_bits": "4"}}}, "layers.x.num_bits"),
         ({"reconstruct": {"rank": 1.5}}, "reconstruct.rank"),
         ({"scheme": {"is_symmetric": "perhaps"}}, "scheme.is_symmetric"),
         ({"scheme": []}, "scheme"),
@@ -122,7 +173,7 @@ def test_wrong_shape_is_refused_with_its_place(values: object, place: str) -> No
     ],
 )
 def test_value_out_of_range_is_refused_by_name(section: str, name: str, value: int) -> None:
-    with pytest.raises(SchemeError, match=rf"{name} is {value}; choose"):
+    with pytest.raises(SchemeError, match=rf"{name} is {value}; (for int )?choose"):
         BuildConfig.from_dict({section: {name: value}})
 
 
@@ -164,14 +215,15 @@ def test_any_json_value_validates_or_is_a_scheme_error(values: object) -> None:
 
 @given(scheme=schemes, num_groups=st.integers(1, 6))
 def test_stored_bits_are_those_of_a_row_counted_one_by_one(scheme: QuantScheme, num_groups: int) -> None:
+    scale_bits = 8 if scheme.format in ("mxint", "mxfp4") else 16
     length = 96 if scheme.group_size == PER_CHANNEL else scheme.group_size
     in_features = length if scheme.group_size == PER_CHANNEL else length * num_groups
     scheme.check(in_features, "layer")
     total = 0
     for channel in range(in_features):
         total += scheme.num_bits  # its code
-        if channel % length == 0:  # the first of a group brings a 16-bit scale, and a zero point as wide as a code
-            total += 16 + (0 if scheme.is_symmetric else scheme.num_bits)
+        if channel % length == 0:  # the first of a group brings a scale, and a zero point as wide as a code
+            total += scale_bits + (0 if scheme.is_symmetric else scheme.num_bits)
     assert scheme.num_groups(in_features) == len(range(0, in_features, length))
     assert scheme.weight_bits(in_features) == pytest.approx(total / in_features, rel=1e-12)
 
@@ -186,7 +238,7 @@ def test_group_that_does_not_tile_a_row_names_the_layer_and_what_fits() -> None:
         QuantScheme(group_size=128).check(576, "model.layers.3.self_attn.q_proj")
     message = str(caught.value)
     assert message.startswith("model.layers.3.self_attn.q_proj: ")
-    assert "[-1, 32, 64]" in message
+    assert "[-1, 16, 32, 64, 96, 192]" in message
 
 
 @given(scheme=schemes, in_features=st.integers(1, 1024))
@@ -200,6 +252,41 @@ def test_check_passes_exactly_when_groups_tile_the_row(scheme: QuantScheme, in_f
     else:
         with pytest.raises(SchemeError):
             scheme.check(in_features, "layer")
+
+
+@pytest.mark.parametrize("name", ["mxint", "mxfp4", "nf4"])
+def test_only_integer_formats_have_a_zero_point(name: str) -> None:
+    assert QuantScheme(4, GROUP_SIZES[name][0], is_symmetric=False, format=name).is_symmetric
+    assert not QuantScheme(4, 64).is_symmetric
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"scheme": {"format": "mxfp4", "num_bits": 3, "group_size": 32}}, "num_bits is 3, but mxfp4 has 4"),
+        ({"scheme": {"format": "mxint", "group_size": 64}}, r"group_size is 64; for mxint choose one of \(16, 32\)"),
+        ({"activations": {"num_bits": 9}}, "activation num_bits is 9; choose 2 to 8"),
+        ({"activations": {"group_size": 100}}, "activation group_size is 100; for int choose"),
+        ({"activations": {"format": "mxfp4", "num_bits": 8}}, "activation num_bits is 8, but mxfp4 has 4"),
+        ({"quantizer": {"damping": -0.1}}, "damping is -0.1; choose 0 to 1"),
+        ({"quantizer": {"use_act_order": True}}, "use_act_order is an option of quantizer gptq"),
+        ({"transform": {"flatten": 1.5}}, "flatten is 1.5; choose 0 to 1"),
+        ({"transform": {"rotation_block": 48}}, "rotation_block is 48; choose a power of two"),
+        ({"transform": {"rotation": "offline", "flatten": 1.0}}, "flatten with rotation offline"),
+        ({"budget": {"target_bits": 4.0, "num_bits": [1]}}, r"budget num_bits are \[1\]"),
+        ({"budget": {"target_bits": 4.0, "max_rank": -1}}, "budget max_rank is -1"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_what_to_choose(values: object, message: str) -> None:
+    with pytest.raises(SchemeError, match=message):
+        BuildConfig.from_dict(values)
+
+
+def test_activation_groups_that_do_not_tile_name_the_layer_and_what_fits() -> None:
+    with pytest.raises(
+        SchemeError, match=r"^model\.layers\.0\.mlp\.up_proj: activation group_size 128.*\[-1, 32, 64, 96"
+    ):
+        ActivationScheme(group_size=128).check(576, "model.layers.0.mlp.up_proj")
 
 
 def test_configurations_cannot_be_changed_after_validation() -> None:

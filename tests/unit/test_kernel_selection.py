@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.config import QuantScheme
 from models.errors import KernelError
 from models.kernels import default_backends, get_backends, torch_int4, torch_int8
 from models.kernels.base import LinearSpec
@@ -14,6 +13,7 @@ from models.kernels.reference import ReferenceBackend
 from models.kernels.torch_int4 import TorchInt4Backend
 from models.kernels.torch_int8 import TorchInt8Backend
 from models.layers.linear import DenseLinear, LowRankLinear
+from models.scheme import ActivationScheme, QuantScheme
 from tests.support.linear_oracle import expected_output, random_layer
 
 CPU = torch.device("cpu")
@@ -36,7 +36,12 @@ def resident_bytes(value: object) -> int:
         (replace(INT4, device=torch.device("cuda")), "CPU only, not on cuda"),
         (replace(INT4, dtype=torch.float32), "bfloat16 only, not in float32"),
         (replace(INT4, scheme=QuantScheme(3, 64)), "4-bit codes, not 3-bit"),
-        (replace(INT4, scheme=QuantScheme(4, -1), in_features=80), "multiple of 32 input channels; a row has 80"),
+        (replace(INT4, scheme=QuantScheme(4, -1), in_features=80), "multiple of 32 input channels, not by 80"),
+        (replace(INT4, scheme=QuantScheme(4, 16)), "multiple of 32 input channels, not by 16"),
+        (replace(INT4, scheme=QuantScheme(4, 16, format="mxint")), "multiple of 32 input channels, not by 16"),
+        (replace(INT4, scheme=QuantScheme(4, 32, format="mxfp4")), "uniform steps (int, mxint), not mxfp4"),
+        (replace(INT4, scheme=QuantScheme(4, 64, format="nf4")), "uniform steps (int, mxint), not nf4"),
+        (replace(INT4, scheme=QuantScheme(5, 32, format="mxint")), "4-bit codes, not 5-bit"),
         (replace(INT4, out_features=40), "multiple of 16, not 40"),
     ],
 )
@@ -53,6 +58,7 @@ def test_torch_int4_says_why_it_cannot_run_a_layer(spec: LinearSpec, reason: str
         (replace(INT8, scheme=QuantScheme(4, -1, True)), "8-bit codes, not 4-bit"),
         (replace(INT8, scheme=QuantScheme(8, 64, True)), "symmetric codes with one scale per row"),
         (replace(INT8, scheme=QuantScheme(8, -1, False)), "symmetric codes with one scale per row"),
+        (replace(INT8, scheme=QuantScheme(8, 32, format="mxint")), "symmetric codes with one scale per row"),
         (replace(INT8, in_features=72), "multiple of 16, not 72"),
     ],
 )
@@ -79,6 +85,9 @@ def make_linear(scheme: QuantScheme, dtype: torch.dtype, preference: str = "auto
         (QuantScheme(8, -1, True), torch.bfloat16, "torch-int8", ["torch-int4"]),
         (QuantScheme(3, 64), torch.bfloat16, "reference", ["torch-int4", "torch-int8"]),
         (QuantScheme(4, 64), torch.float32, "reference", ["torch-int4", "torch-int8"]),
+        (QuantScheme(4, 32, format="mxint"), torch.bfloat16, "torch-int4", []),
+        (QuantScheme(4, 32, format="mxfp4"), torch.bfloat16, "reference", ["torch-int4", "torch-int8"]),
+        (QuantScheme(4, 64, format="nf4"), torch.bfloat16, "reference", ["torch-int4", "torch-int8"]),
     ],
 )
 def test_the_first_backend_that_can_is_chosen_and_the_reasons_are_kept(
@@ -89,6 +98,14 @@ def test_the_first_backend_that_can_is_chosen_and_the_reasons_are_kept(
     assert [backend for backend, _reason in linear.selection.passed_over] == passed_over
     assert all(reason for _backend, reason in linear.selection.passed_over)
     assert f"backend={name}" in repr(linear)
+
+
+def test_a_layer_tells_the_backends_how_its_input_is_treated() -> None:
+    activations = ActivationScheme(4, 64)
+    weights = random_layer(QuantScheme(4, 64), (32, 128), rotation_block=64, activations=activations)
+    spec = LinearSpec.of(weights, CPU, torch.bfloat16)
+    assert (spec.rotation_block, spec.activations) == (64, activations)
+    assert TorchInt4Backend().unsupported(spec) is None
 
 
 def test_a_backend_can_be_forced_and_then_nothing_stands_in_for_it() -> None:

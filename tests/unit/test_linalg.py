@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from models.reconstruct import linalg
-from models.reconstruct.linalg import balance, weigh, weighted_low_rank
+from models.reconstruct.linalg import component_losses, weigh, weighted_low_rank
 
 
 def inputs(num_tokens: int, num_channels: int, decades: float = 2.0) -> Tensor:
@@ -158,14 +158,62 @@ def test_a_leading_part_of_the_factors_is_the_solution_of_lower_rank() -> None:
     assert torch.allclose(lora_up[:, :3] @ lora_down[:3], smaller[0] @ smaller[1], atol=1e-9)
 
 
-def test_balancing_keeps_the_product_and_evens_out_the_factors() -> None:
-    lora_up, lora_down = weighted_low_rank(torch.randn(24, 40), None, 6)
-    even_up, even_down = balance(lora_up, lora_down)
-    assert torch.allclose(even_up @ even_down, lora_up @ lora_down, atol=1e-12)
-    assert torch.allclose(even_up.norm(dim=0), even_down.norm(dim=1))
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_components_remove_the_eigenvalues_of_the_weighted_gram_matrix(shape: tuple[int, int]) -> None:
+    error, weighting = torch.randn(shape), autocorrelation(inputs(200, shape[1]))
+    _, lora_down = weighted_low_rank(error, weighting, 10)
+    squares = torch.linalg.svdvals(error.double() @ symmetric_root(weighting)).square()
+    assert torch.allclose(component_losses(lora_down, weighting), squares[:10], rtol=1e-9)
 
 
-def test_balancing_a_correction_of_nothing_gives_no_nan() -> None:
-    even_up, even_down = balance(*weighted_low_rank(torch.zeros(24, 40), None, 6))
-    assert even_up.isfinite().all()
-    assert not (even_up @ even_down).any()
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+@pytest.mark.parametrize("rank", [1, 5, 24])
+def test_weights_on_both_sides_give_the_textbook_solution_of_the_scaled_error(
+    shape: tuple[int, int], rank: int
+) -> None:
+    error, weighting = torch.randn(shape), autocorrelation(inputs(200, shape[1]))
+    sizes = torch.logspace(1, -1, shape[0], dtype=torch.float64)
+    lora_up, lora_down = weighted_low_rank(error, weighting, rank, sizes.square())
+    expected = textbook(sizes[:, None] * error, symmetric_root(weighting), rank) / sizes[:, None]
+    assert torch.allclose(lora_up @ lora_down, expected, rtol=0, atol=1e-7 * float(expected.abs().max()))
+    scaled = sizes[:, None] * lora_up
+    assert torch.allclose(scaled.T @ scaled, torch.eye(rank, dtype=torch.float64), atol=1e-9)
+
+
+def test_equal_output_weights_change_nothing() -> None:
+    error, weighting = torch.randn(24, 40), autocorrelation(inputs(200, 40))
+    plain, equal = (weighted_low_rank(error, weighting, 5, given) for given in (None, torch.full((24,), 7.0)))
+    assert torch.allclose(plain[0] @ plain[1], equal[0] @ equal[1], atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_an_output_of_no_weight_gets_its_best_combination_of_the_components(shape: tuple[int, int]) -> None:
+    """It must not divide by zero, nor take part in the choice of components; then it is a regression on those."""
+    error, weighting = torch.randn(shape).double(), autocorrelation(inputs(200, shape[1]))
+    sizes = torch.rand(shape[0], dtype=torch.float64) + 0.5
+    sizes[3] = 0
+    lora_up, lora_down = weighted_low_rank(error, weighting, 5, sizes)
+    others = torch.arange(shape[0]) != 3
+    expected = weighted_low_rank(error[others], weighting, 5, sizes[others])
+    assert torch.allclose((lora_up @ lora_down)[others], expected[0] @ expected[1], atol=1e-4)
+    root = symmetric_root(weighting)
+    regression = torch.linalg.lstsq(root @ lora_down.T, root @ error[3]).solution
+    assert torch.allclose(lora_up[3], regression, rtol=1e-4, atol=1e-4)
+
+
+def test_outputs_that_have_no_weight_at_all_are_taken_as_equal() -> None:
+    error = torch.randn(24, 40)
+    plain, nothing = (weighted_low_rank(error, None, 5, given) for given in (None, torch.zeros(24)))
+    assert torch.equal(plain[0] @ plain[1], nothing[0] @ nothing[1])
+
+
+@pytest.mark.usefixtures("only_small_is_exact")
+def test_large_problems_with_output_weights_come_within_a_thousandth_of_the_optimum() -> None:
+    error, weighting = torch.rand(260, 320) - 0.5, autocorrelation(inputs(640, 320, decades=3.5))
+    sizes = torch.logspace(0, -2, 260, dtype=torch.float64)
+    lora_up, lora_down = weighted_low_rank(error, weighting, 8, sizes.square())
+    scaled = sizes[:, None] * error
+    eigenvalues = torch.linalg.eigvalsh(weigh(scaled, weighting) @ scaled.T)
+    optimum = float(eigenvalues[:-8].sum())
+    achieved = loss(scaled - sizes[:, None] * (lora_up @ lora_down), weighting)
+    assert optimum * (1 - 1e-9) <= achieved <= optimum * 1.001

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.config import QuantScheme
 from models.errors import SchemeError
-from models.quant.affine import dequantize, quantize
+from models.quant.grid import dequantize, quantize
 from models.quant.rtn import quantize_rtn
+from models.scheme import QuantScheme
 from models.types import QuantizedWeight
 
 SCHEMES = [
@@ -185,6 +185,16 @@ def test_a_weight_too_large_for_its_scale_is_refused_with_its_group(is_symmetric
     weight[3, 71] = -size
     with pytest.raises(SchemeError, match=r"shape \(4, 128\) needs a scale of .* in row 3, group 1 "):
         quantize_rtn(weight, QuantScheme(4, 64, is_symmetric))
+
+
+@pytest.mark.parametrize("group_size", [16, 96, 192, 256])
+@pytest.mark.parametrize("is_symmetric", [False, True])
+def test_other_group_sizes_are_groups_on_their_own(group_size: int, is_symmetric: bool) -> None:
+    weight = torch.randn(4, 768)
+    whole = quantize_rtn(weight, QuantScheme(4, group_size, is_symmetric))
+    groups = torch.split(weight, group_size, 1)
+    alone = [quantize_rtn(group.contiguous(), QuantScheme(4, -1, is_symmetric)) for group in groups]
+    assert torch.equal(dequantize(whole), torch.cat([dequantize(group) for group in alone], 1))
 
 
 def test_groups_that_do_not_tile_the_rows_are_refused() -> None:

@@ -6,22 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.config import QuantScheme, ReconstructConfig
+from models.config import ReconstructConfig
 from models.errors import CalibrationError
-from models.quant.affine import dequantize
-from models.quant.rtn import quantize_rtn
-from models.reconstruct import RECONSTRUCTORS, get_reconstructor
+from models.quant.grid import dequantize
+from models.reconstruct import get_reconstructor
 from models.reconstruct.loss import effective_weight, layer_errors, weighted_square
-from models.types import Correction, InputStatistics, LinearWeights, QuantizedWeight
+from models.types import Correction, InputStatistics, LinearWeights, Statistic
+from tests.support.reconstruct_cases import (
+    Case,
+    all_statistics,
+    config_of,
+    correlated_inputs,
+    quantize,
+    remaining_error,
+)
 
-
-def quantize(weight: Tensor) -> QuantizedWeight:
-    return quantize_rtn(weight, QuantScheme(3, 32))
-
-
-def correlated_inputs(num_tokens: int = 300) -> Tensor:
-    rotation, _triangle = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))
-    return torch.randn(num_tokens, 64, dtype=torch.float64) * torch.logspace(1, -2, 64) @ rotation
+SAME_CODES = ["none", "rtn", "zeroquant-v2", "lqer", "l2qer", "qera-approx", "loftq"]
 
 
 def statistics_of(x: Tensor) -> InputStatistics:
@@ -33,10 +33,10 @@ def build(method: str, weight: Tensor, statistics: InputStatistics, rank: int = 
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("method", [method for method in RECONSTRUCTORS if method != "qera-exact"])
-def test_no_method_has_a_smaller_output_error_than_qera_exact(method: str, seed: int) -> None:
+@pytest.mark.parametrize("method", SAME_CODES)
+def test_no_correction_of_the_same_codes_has_a_smaller_output_error_than_qera_exact(method: str, seed: int) -> None:
     torch.manual_seed(seed)
-    weight, x = torch.randn(48, 64), correlated_inputs()
+    weight, x = torch.randn(48, 64), correlated_inputs(300)
     statistics = statistics_of(x)
 
     def output_error(name: str) -> float:
@@ -66,22 +66,58 @@ def test_l2qer_looks_at_relative_sizes_only_and_raises_tiny_ones() -> None:
     assert torch.allclose(larger, restored, atol=1e-5)
 
 
-def test_zeroquant_shares_the_singular_values_and_lqer_keeps_them_in_one_factor() -> None:
-    weight, nothing = torch.randn(48, 64), InputStatistics(0)
+@pytest.mark.parametrize("method", ["zeroquant-v2", "lqer"])
+def test_the_plain_svd_shares_the_singular_values_between_its_factors(method: str) -> None:
+    """Up to a power of two, which costs no digits."""
+    weight = torch.randn(48, 64)
     error = (weight - dequantize(quantize(weight))).double()
     singular_values = torch.linalg.svdvals(error)[:8]
-    even = build("zeroquant-v2", weight, nothing).correction
-    plain = build("lqer", weight, nothing).correction
-    assert even is not None
-    assert plain is not None
-    assert torch.allclose(even.lora_up.double().norm(dim=0), singular_values.sqrt(), rtol=1e-5)
-    assert torch.allclose(even.lora_down.double().norm(dim=1), singular_values.sqrt(), rtol=1e-5)
-    assert torch.allclose(plain.lora_up.double().norm(dim=0), torch.ones(8, dtype=torch.float64), rtol=1e-5)
-    assert torch.allclose(plain.lora_down.double().norm(dim=1), singular_values, rtol=1e-5)
+    correction = build(method, weight, InputStatistics(0)).correction
+    assert correction is not None
+    up, down = correction.lora_up.double().norm(dim=0), correction.lora_down.double().norm(dim=1)
+    assert torch.allclose(up * down, singular_values, rtol=1e-5)
+    assert (up / down).log2().abs().max() <= 2
+
+
+def test_output_gradients_lower_the_estimated_loss_of_the_network_and_raise_the_output_error() -> None:
+    """tr(D E R E^T) is what a quadratic model of the loss with a Kronecker-factored Hessian expects."""
+    x = correlated_inputs(400)
+    gradient = torch.randn(400, 48, dtype=torch.float64) * torch.logspace(0, -2, 48, dtype=torch.float64)
+    case = Case(torch.randn(48, 64), all_statistics(x, gradient))
+    plain = remaining_error(case, config_of("qera-exact"))
+    aimed = remaining_error(case, config_of("qera-exact", use_output_gradient=True))
+
+    def estimated_loss(error: Tensor) -> float:
+        return float(((gradient.square().mean(0).sqrt()[:, None] * error) @ x.T).square().sum())
+
+    assert estimated_loss(aimed) < 0.9 * estimated_loss(plain)
+    assert float((x @ aimed.T).norm()) > float((x @ plain.T).norm())
+
+
+def test_gradients_are_required_only_by_the_option_that_uses_them() -> None:
+    plain, aimed = (get_reconstructor(config_of("qera-exact", use_output_gradient=given)) for given in (False, True))
+    assert plain.requires == {Statistic.AUTOCORRELATION}
+    assert aimed.requires == {Statistic.AUTOCORRELATION, Statistic.OUTPUT_GRADIENT}
+
+
+def test_an_output_that_hardly_has_a_gradient_counts_as_a_thousandth_of_the_mean() -> None:
+    case = Case(torch.randn(48, 64), all_statistics(correlated_inputs(400), torch.ones(400, 48, dtype=torch.float64)))
+    gradient = torch.ones(48, dtype=torch.float64)
+    gradient[5] = 0
+    floor = gradient.clone()
+    floor[5] = gradient.mean() / 1000
+    given, same = (
+        remaining_error(
+            Case(case.weight, replace(case.statistics, output_gradient=values)),
+            config_of("qera-exact", use_output_gradient=True),
+        )
+        for values in (gradient, floor)
+    )
+    assert torch.allclose(given, same, atol=1e-6)
 
 
 def test_an_autocorrelation_that_is_not_symmetric_is_refused() -> None:
-    statistics = statistics_of(correlated_inputs())
+    statistics = statistics_of(correlated_inputs(300))
     skewed = statistics.autocorrelation.clone()
     skewed[3, 40] += skewed.diagonal().max()
     with pytest.raises(CalibrationError, match="autocorrelation is not symmetric"):
@@ -89,7 +125,7 @@ def test_an_autocorrelation_that_is_not_symmetric_is_refused() -> None:
 
 
 def test_a_float32_autocorrelation_serves_as_well() -> None:
-    weight, statistics = torch.randn(48, 64), statistics_of(correlated_inputs())
+    weight, statistics = torch.randn(48, 64), statistics_of(correlated_inputs(300))
     single = replace(statistics, autocorrelation=statistics.autocorrelation.float())
     errors = [layer_errors(weight, build("qera-exact", weight, given), statistics) for given in (statistics, single)]
     assert errors[1].output_after == pytest.approx(errors[0].output_after, rel=1e-4)
@@ -97,7 +133,7 @@ def test_a_float32_autocorrelation_serves_as_well() -> None:
 
 @pytest.mark.parametrize("method", ["none", "lqer", "qera-exact"])
 def test_reported_errors_are_those_of_the_weights_and_of_the_outputs_on_the_tokens(method: str) -> None:
-    weight, x = torch.randn(48, 64), correlated_inputs()
+    weight, x = torch.randn(48, 64), correlated_inputs(300)
     weights = build(method, weight, statistics_of(x))
     errors = layer_errors(weight, weights, statistics_of(x))
     dense = weight.double()
@@ -110,7 +146,7 @@ def test_reported_errors_are_those_of_the_weights_and_of_the_outputs_on_the_toke
 
 
 def test_the_output_error_falls_back_to_mean_squares_and_is_absent_without_statistics() -> None:
-    weight, statistics = torch.randn(48, 64), statistics_of(correlated_inputs())
+    weight, statistics = torch.randn(48, 64), statistics_of(correlated_inputs(300))
     weights = build("lqer", weight, statistics)
     diagonal = layer_errors(weight, weights, InputStatistics(300, mean_square=statistics.mean_square))
     full = layer_errors(weight, weights, InputStatistics(300, autocorrelation=statistics.mean_square.diag()))

@@ -1,0 +1,168 @@
+"""What an artifact will take, before it exists: bytes on disk by component, memory to serve it, memory to build it."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..artifact.format import Component
+from ..artifact.layout import layer_shapes, rest_shapes
+from ..budget import Choice, stored_bits
+from ..config import BuildConfig
+from ..device import default_dtype
+from ..kernels import get_backends
+from ..layers.linear import LowRankLinear
+from ..llama.checkpoint import Checkpoint
+from ..llama.config import LinearShape, LlamaConfig
+from ..llama.kv_cache import PagedKVCache
+from ..quant.factors import store_factors
+from ..quant.packing import packed_columns
+from ..reconstruct import get_reconstructor
+from ..reconstruct.serq import Serq
+from ..types import LinearWeights, QuantizedWeight
+from .recipe import PAIRED_STATISTICS, required_statistics, rotation_block
+
+_MATRIX_BYTES = 2
+_ROW_TILE = 64
+_KV_TOKENS = 1024
+
+
+def component_bytes(checkpoint: Checkpoint, config: BuildConfig, choices: Mapping[str, Choice]) -> dict[Component, int]:
+    """Stored bytes by component, as a manifest gives them; ``choices`` per linear layer."""
+    shapes = checkpoint.config.linear_shapes()
+    has_single_factor = isinstance(get_reconstructor(config.reconstruct), Serq)
+    sizes: Counter[Component] = Counter()
+    for path, choice in choices.items():
+        shape, scheme = shapes[path], choice.scheme
+        rows, columns = shape.out_features, shape.in_features
+        num_groups = scheme.num_groups(columns)
+        sizes["packed"] += rows * packed_columns(columns, scheme.num_bits)
+        sizes["scale"] += rows * num_groups * scheme.scale_bits // 8
+        if not scheme.is_symmetric:
+            sizes["zero_point"] += num_groups * packed_columns(rows, scheme.num_bits)
+        sizes["unquantized"] += 4 * rows * shape.has_bias
+        if choice.rank:
+            _add_factors(sizes, config, shape, choice.rank, has_single_factor=has_single_factor)
+    sizes["unquantized"] += unquantized_bytes(checkpoint)
+    return dict(sizes)
+
+
+def _add_factors(
+    sizes: Counter[Component], config: BuildConfig, shape: LinearShape, rank: int, *, has_single_factor: bool
+) -> None:
+    factor_dtype = config.reconstruct.factor_dtype
+    if has_single_factor:
+        sizes["lora_up"] += _factor_bytes(config, shape, rank, has_single_factor=True)
+        sizes["unquantized"] += 4 * shape.in_features  # the order in which channels are gathered
+        return
+    total = _factor_bytes(config, shape, rank)
+    # Each factor of a transposed pair is like the other one with its own length.
+    square = LinearShape(shape.out_features, shape.out_features, has_bias=False)
+    scheme = config.scheme
+    of_square = stored_bits(scheme, square, rank, factor_dtype) - stored_bits(scheme, square, 0, factor_dtype)
+    sizes["lora_up"] += round(of_square / 16)
+    sizes["lora_down"] += total - round(of_square / 16)
+
+
+def _factor_bytes(config: BuildConfig, shape: LinearShape, rank: int, *, has_single_factor: bool = False) -> int:
+    factor_dtype, scheme = config.reconstruct.factor_dtype, config.scheme
+    with_factors = stored_bits(scheme, shape, rank, factor_dtype, has_single_factor=has_single_factor)
+    return round((with_factors - stored_bits(scheme, shape, 0, factor_dtype)) / 8)
+
+
+def unquantized_bytes(checkpoint: Checkpoint) -> int:
+    """Embedding, head and norms as an artifact stores them: matrices at 16 bits, vectors as they are."""
+    network = checkpoint.config
+    names = dict(rest_shapes(network))
+    for index in range(network.num_hidden_layers):
+        names |= layer_shapes(network, index)
+    # Every gain is as long as the hidden state; the first one tells how they are stored.
+    gain_bytes = checkpoint.tensor("model.norm.weight").element_size()
+    return sum(
+        shape[0] * gain_bytes if len(shape) == 1 else shape[0] * shape[1] * _MATRIX_BYTES for shape in names.values()
+    )
+
+
+def resident_bytes(
+    checkpoint: Checkpoint, config: BuildConfig, choices: Mapping[str, Choice], device: torch.device
+) -> int:
+    """Weights as they are kept while serving on ``device``, by the backends that would run the layers, and the rest."""
+    shapes, dtype = checkpoint.config.linear_shapes(), default_dtype(device)
+    kinds = Counter(
+        _Kind(shapes[path], choice, rotation_block(config, path, shapes[path].in_features))
+        for path, choice in choices.items()
+    )
+    total = sum(number * _layer_bytes(kind, config, device) for kind, number in kinds.items())
+    for shape in checkpoint.config.unquantized_shapes().values():
+        total += math.prod(shape) * (_MATRIX_BYTES if len(shape) > 1 else dtype.itemsize)
+    return total
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What tells layers apart that take different memory."""
+
+    shape: LinearShape
+    choice: Choice
+    rotation_block: int
+
+    def weights(self, num_rows: int, config: BuildConfig) -> LinearWeights:
+        """A layer of this kind with ``num_rows`` output channels; its values do not matter."""
+        scheme, num_columns, rank = self.choice.scheme, self.shape.in_features, self.choice.rank
+        num_groups = scheme.num_groups(num_columns)
+        scale = torch.ones(num_rows, num_groups, dtype=torch.bfloat16 if scheme.has_exponent_scale else torch.float16)
+        zero_point = None if scheme.is_symmetric else torch.zeros(num_rows, num_groups, dtype=torch.uint8)
+        codes = torch.zeros(num_rows, num_columns, dtype=torch.uint8)
+        correction, order = None, None
+        if rank:
+            has_single_factor = isinstance(get_reconstructor(config.reconstruct), Serq)
+            lora_down = None if has_single_factor else torch.ones(rank, num_columns)
+            correction = store_factors(torch.ones(num_rows, rank), lora_down, config.reconstruct.factor_dtype)
+            order = torch.arange(num_columns, dtype=torch.int32).flip(0) if has_single_factor else None
+        return LinearWeights(
+            QuantizedWeight(codes, scale, zero_point, scheme),
+            correction,
+            channel_order=order,
+            rotation_block=self.rotation_block,
+            activations=config.activations,
+            bias=torch.zeros(num_rows) if self.shape.has_bias else None,
+        )
+
+
+def _layer_bytes(kind: _Kind, config: BuildConfig, device: torch.device) -> int:
+    """What the backend for layers of this kind keeps: asked for two narrow ones, it grows evenly with the rows."""
+
+    def measured(num_rows: int) -> int:
+        weights, dtype = kind.weights(num_rows, config), default_dtype(device)
+        return LowRankLinear.of(weights, get_backends(), device=device, dtype=dtype, where="a planned layer").nbytes
+
+    num_rows = kind.shape.out_features
+    # As many rows beyond a whole tile as the layer has: backends differ in which numbers of rows they take.
+    fewer = num_rows % _ROW_TILE + 2 * _ROW_TILE
+    more = fewer + 2 * _ROW_TILE
+    if num_rows <= more:
+        return measured(num_rows)
+    small, large = measured(fewer), measured(more)
+    return small + (large - small) * (num_rows - fewer) // (more - fewer)
+
+
+def kv_cache_bytes(network: LlamaConfig, device: torch.device) -> int:
+    """Keys and values of 1024 tokens while serving on ``device``."""
+    return PagedKVCache.bytes_per_block(network, _KV_TOKENS, default_dtype(device))
+
+
+def build_memory_bytes(network: LlamaConfig, config: BuildConfig) -> int:
+    """What a build holds at most: ``BuildReport.memory_bound_bytes``, from the configuration alone."""
+    linears = network.layer_linear_shapes(0).values()
+    layer = sum(shape.out_features * shape.in_features for shape in linears)
+    per_token = sum(shape.out_features for shape in linears) + 4 * network.hidden_size
+    calibration = config.calibration
+    if calibration.source == "none":
+        return 4 * (network.vocab_size * network.hidden_size + layer)
+    has_target = bool(PAIRED_STATISTICS & required_statistics(config)) and calibration.inputs != "dense"
+    num_sequences = calibration.num_sequences * (2 if has_target else 1) + 2 * calibration.num_holdout
+    hidden = num_sequences * calibration.sequence_length * network.hidden_size
+    inside = min(calibration.batch_size, calibration.num_sequences) * calibration.sequence_length * per_token
+    return 4 * (network.vocab_size * network.hidden_size + layer + inside + hidden)

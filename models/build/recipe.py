@@ -1,0 +1,74 @@
+"""From a build configuration to what each linear layer needs: number format, quantizer, reconstructor, statistics."""
+
+from dataclasses import dataclass, replace
+
+from ..config import BuildConfig
+from ..quant.quantizers import Quantizer, get_quantizer
+from ..reconstruct import get_reconstructor
+from ..reconstruct.base import Reconstructor
+from ..scheme import QuantScheme
+from ..types import Statistic
+
+PAIRED_STATISTICS = frozenset({Statistic.QUANTIZED_AUTOCORRELATION, Statistic.CROSS_CORRELATION})
+"""What the outputs of the dense network are compared with from quantized inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecipe:
+    """How one linear layer is built.
+
+    rotation_block: of the Hadamard transform of its input; 0: none
+    """
+
+    scheme: QuantScheme
+    quantizer: Quantizer
+    reconstructor: Reconstructor
+    rank: int
+    rotation_block: int
+
+    @classmethod
+    def of(cls, config: BuildConfig, path: str, in_features: int) -> "LayerRecipe":
+        """The recipe of the linear layer ``path``, with its exceptions from the build's settings.
+
+        Raises:
+            SchemeError: an unknown method, or an option that cannot be.
+        """
+        scheme, reconstruct = config.scheme, config.reconstruct
+        own = config.layers.get(path)
+        if own is not None:
+            num_bits = scheme.num_bits if own.num_bits is None else own.num_bits
+            group_size = scheme.group_size if own.group_size is None else own.group_size
+            scheme = replace(scheme, num_bits=num_bits, group_size=group_size)
+            reconstruct = reconstruct if own.rank is None else replace(reconstruct, rank=own.rank)
+        return cls(
+            scheme=scheme,
+            quantizer=get_quantizer(config.quantizer, scheme),
+            reconstructor=get_reconstructor(reconstruct),
+            rank=reconstruct.rank,
+            rotation_block=rotation_block(config, path, in_features),
+        )
+
+
+def rotation_block(config: BuildConfig, path: str, in_features: int) -> int:
+    """Width of the Hadamard blocks by which the input of ``path`` is rotated while serving; 0: it is not."""
+    transform = config.transform
+    is_rotated = transform.rotation == "online" or (transform.rotation == "offline" and path.endswith("down_proj"))
+    return (transform.rotation_block or in_features) if is_rotated else 0
+
+
+def required_statistics(config: BuildConfig) -> frozenset[Statistic]:
+    """What calibration must accumulate for ``config``."""
+    reconstructor = get_reconstructor(config.reconstruct)
+    requires = reconstructor.requires | get_quantizer(config.quantizer, config.scheme).requires
+    if config.objective == "output" or config.reconstruct.refit:
+        requires |= PAIRED_STATISTICS
+    return requires
+
+
+def collected_statistics(config: BuildConfig) -> frozenset[Statistic]:
+    """What is accumulated on the way forth: inputs, not gradients.
+
+    The reported output error is measured with the autocorrelation, whatever the method itself asks for.
+    """
+    inputs = {statistic for statistic in required_statistics(config) if not statistic.needs_gradients}
+    return frozenset(inputs | {Statistic.AUTOCORRELATION})

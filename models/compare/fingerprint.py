@@ -1,0 +1,59 @@
+"""Which earlier results and statistics a comparison may take over."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from ..artifact.format import qerve_version
+from ..config import BuildConfig, CalibrationConfig
+from ..errors import QerveError
+from ..llama.checkpoint import file_digest
+from .config import EvaluationConfig, RecipeConfig
+
+
+class Fingerprints:
+    """sha256 of everything that a row or the statistics of a build depend on; each file is read once.
+
+    checkpoint: its fingerprint
+    device:     kind of device, on which rounding and kernels depend
+    """
+
+    def __init__(self, checkpoint: str, evaluation: EvaluationConfig, device: str) -> None:
+        self._digests: dict[str, str] = {}
+        sources = [text.path for text in evaluation.texts] + [task.task for task in evaluation.tasks]
+        described = asdict(evaluation) | {"contents": [self._content(source) for source in sources]}
+        self._common = [qerve_version(), checkpoint, device, described]
+        self._statistics_common = [qerve_version(), checkpoint, device]
+
+    def dense(self) -> str:
+        """Of the dense row."""
+        return _sha256(self._common)
+
+    def recipe(self, recipe: RecipeConfig) -> str:
+        """Of a recipe's row."""
+        return _sha256([*self._common, recipe.build.to_dict(), self._calibration(recipe.build.calibration)])
+
+    def statistics(self, build: BuildConfig) -> str:
+        """Of the statistics that ``build`` accumulates: whatever its inputs go through before they are measured."""
+        parts = build.to_dict()
+        settings = {name: parts[name] for name in ("calibration", "transform", "activations", "objective")}
+        return _sha256([*self._statistics_common, settings, self._calibration(build.calibration)])
+
+    def _calibration(self, calibration: CalibrationConfig) -> str:
+        return self._content(calibration.source)
+
+    def _content(self, source: str) -> str:
+        """Hash of the file ``source``; of its name, where it is no file (a dataset, ``self``)."""
+        if source not in self._digests:
+            path = Path(source)
+            try:
+                is_file = bool(source) and path.is_file()
+                self._digests[source] = file_digest(path).hex() if is_file else source
+            except OSError as error:
+                raise QerveError(f"{source}: cannot be read: {error}") from error
+        return self._digests[source]
+
+
+def _sha256(values: object) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,44 @@
+"""Greedy decoding of one sequence with the key-value cache: what generative tasks of lm-evaluation-harness need."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..llama.batch import Batch, SequenceSpan
+from ..llama.kv_cache import PagedKVCache
+from ..llama.model import LlamaForCausalLM
+
+BLOCK_SIZE = 16
+
+
+@torch.inference_mode()
+def generate_greedily(
+    model: LlamaForCausalLM, prompt: Sequence[int], max_new_tokens: int, is_finished: Callable[[list[int]], bool]
+) -> list[int]:
+    """The most likely token, again and again.
+
+    Args:
+        model: the network.
+        prompt: token ids, at least one.
+        max_new_tokens: stop after as many.
+        is_finished: called with the tokens written so far; stop when it is true.
+
+    Returns:
+        The new token ids, the one that ended the generation included.
+    """
+    num_slots = len(prompt) + max_new_tokens
+    cache = PagedKVCache(model.config, -(-num_slots // BLOCK_SIZE), BLOCK_SIZE, model.dtype, model.device)
+    slots = torch.arange(num_slots, device=model.device)
+    new: list[int] = []
+    fed = list(prompt)
+    context_len = 0
+    while len(new) < max_new_tokens:
+        context_len += len(fed)
+        span = SequenceSpan(0, len(fed), context_len, slots[:context_len])
+        tokens = torch.tensor(fed, device=model.device)
+        hidden = model(Batch(tokens, slots[context_len - len(fed) : context_len], (span,)), cache)
+        fed = [int(model.logits(hidden[-1:]).argmax())]
+        new += fed
+        if is_finished(new):
+            break
+    return new
