@@ -146,7 +146,9 @@ class InputStatistics:
     cross_correlation:         (in_features, in_features) float64, E[xq^T xt]
     fisher_rows, fisher_columns: (out_features,), (in_features,) float64, means over the other dimension of the square
         root of F, the mean over sequences of the squared gradient of the weight (LQ-LoRA, arXiv 2311.12023)
-    output_gradient: (out_features,) float64, E[g_o^2], g the gradient of the summed nll (nats) by the layer's output
+    output_gradient: (out_features,) float64, E[g_o^2], g the gradient of the summed nll (nats) by the layer's output,
+        over all tokens but the first four of each sequence, which are mostly attention sinks
+    input_energy:    (in_features,) float64, E[|g|^2 x_j^2] / E[|g|^2] over the same tokens; comes with output_gradient
     flattening:      (in_features,) float64, what the network was rewritten to have divided x by; not accumulated here
     A statistic that was not asked for is None.
     """
@@ -161,6 +163,7 @@ class InputStatistics:
     fisher_rows: Tensor | None = None
     fisher_columns: Tensor | None = None
     output_gradient: Tensor | None = None
+    input_energy: Tensor | None = None
     flattening: Tensor | None = None
 
 

@@ -26,14 +26,15 @@ from ..scheme import QuantScheme
 from ..types import InputStatistics, Statistic
 from .allocate import Option
 from .cost import Choice
-from .spectra import compensated_error, diagonal_loss, losses_by_channels, losses_by_rank, rounding_error
+from .spectra import compensated_error, diagonal_loss, losses_by_channels, losses_by_rank, reweighted, rounding_error
 
 _SAMPLE_ROWS = 256
 
 
-def required_for_prediction(config: BuildConfig) -> frozenset[Statistic]:
-    """What ``LossModel`` takes of the statistics, gradients included: besides what the method itself asks for, R."""
-    return get_reconstructor(config.reconstruct).requires | {Statistic.AUTOCORRELATION}
+def input_statistics(config: BuildConfig) -> frozenset[Statistic]:
+    """What ``LossModel`` needs of the inputs: besides what the method itself asks for, R."""
+    requires = get_reconstructor(config.reconstruct).requires | {Statistic.AUTOCORRELATION}
+    return frozenset(statistic for statistic in requires if not statistic.needs_gradients)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +53,32 @@ class _Input:
 class LossModel:
     """Predicts the losses of the linear layers that share an input: what depends on the input is worked out once."""
 
-    def __init__(self, config: BuildConfig, statistics: InputStatistics) -> None:
-        """``statistics`` of the shared input, in the coordinates in which the weights are quantized."""
+    def __init__(
+        self, config: BuildConfig, statistics: InputStatistics, judging: InputStatistics | None = None
+    ) -> None:
+        """Work out what depends on the input alone.
+
+        Args:
+            config: what would be built.
+            statistics: of the shared input, in the coordinates in which weights are quantized: what errors are fitted
+                to.
+            judging: of the same input in other text, whose autocorrelation tells what errors cost; None: in the same.
+        """
         self._config = config
         autocorrelation = statistics.autocorrelation
-        assert autocorrelation is not None  # noqa: S101 - required_for_prediction asks for it
+        assert autocorrelation is not None  # noqa: S101 - input_statistics asks for it
         self._input = _shared(config, autocorrelation)
+        judge = autocorrelation if judging is None else judging.autocorrelation
+        assert judge is not None  # noqa: S101 - as above
+        self._judging = judge
 
     def options(
-        self, weight: Tensor, statistics: InputStatistics, choices: Sequence[Choice], unit: float | None
+        self,
+        weight: Tensor,
+        statistics: InputStatistics,
+        choices: Sequence[Choice],
+        unit: float | None,
+        energy: Tensor | None = None,
     ) -> list[Option]:
         """The ``choices`` with their losses.
 
@@ -69,20 +87,23 @@ class LossModel:
             statistics: of the layer; with ``output_gradient`` the loss is weighted by it.
             choices: what the layer may become.
             unit: what ``tr(D E R E^T)`` is multiplied with; None: divided by ``tr(D W R W^T)`` instead.
+            energy: (in_features,), mean squares of the input as gradients weigh them; None: as they are.
 
         Raises:
             SchemeError: a weight that a scheme cannot hold.
             CalibrationError: a statistic is missing or not finite.
         """
-        output_weighting = statistics.output_gradient
+        output_weighting, judging = statistics.output_gradient, self._judging
+        if energy is not None:
+            judging = reweighted(judging, energy)
         if unit is None:
-            total = _weighted_total(weight, self._input.autocorrelation, output_weighting)
+            total = _weighted_total(weight, judging, output_weighting)
             unit = 1 / total if total > 0 else 0.0
         schemes = {choice.scheme.num_bits: choice.scheme for choice in choices}
         reference = schemes[_reference_width(self._config, list(schemes))]
         ranks = sorted({choice.rank for choice in choices})
-        at_rank = dict(zip(ranks, self._losses(weight, statistics, reference, ranks), strict=True))
-        ratios = self._ratios(weight, output_weighting, schemes, reference)
+        at_rank = dict(zip(ranks, self._losses(weight, statistics, judging, reference, ranks), strict=True))
+        ratios = self._ratios(weight, output_weighting, judging, schemes, reference)
         return [
             Option(
                 choice.scheme.num_bits,
@@ -94,35 +115,46 @@ class LossModel:
         ]
 
     def _losses(
-        self, weight: Tensor, statistics: InputStatistics, scheme: QuantScheme, ranks: list[int]
+        self,
+        weight: Tensor,
+        statistics: InputStatistics,
+        judging: Tensor,
+        scheme: QuantScheme,
+        ranks: list[int],
     ) -> list[float]:
-        """``tr(D E R E^T)`` of what is left of the error at each of ``ranks``."""
-        output_weighting, autocorrelation = statistics.output_gradient, self._input.autocorrelation
+        """``tr(D E R E^T)`` of what is left of the error at each of ``ranks``, with ``judging`` for R."""
+        output_weighting = statistics.output_gradient
         error = rounding_error(weight, scheme, self._clip_importance())
         if self._input.hessian is not None:
             error = compensated_error(error, self._input.hessian)
         reconstructor = get_reconstructor(self._config.reconstruct)
         if isinstance(reconstructor, Serq):
             order = _saliency(reconstructor, weight, statistics).argsort(descending=True, stable=True)
-            ordered = autocorrelation[order][:, order]
+            ordered = judging[order][:, order]
             return losses_by_channels(error[:, order], ranks, ordered, output_weighting)
         up, down = error.new_empty(len(error), 0), error.new_empty(0, error.shape[1])
         if ranks[-1] > 0:
             weighting, rows = self._norm(reconstructor, statistics, weight)
             up, down = weighted_low_rank(error, weighting, ranks[-1], rows)
-        losses = losses_by_rank(error, up, down, autocorrelation, output_weighting).tolist()
+        losses = losses_by_rank(error, up, down, judging, output_weighting).tolist()
         return [losses[rank] for rank in ranks]
 
     def _ratios(
-        self, weight: Tensor, output_weighting: Tensor | None, schemes: dict[int, QuantScheme], reference: QuantScheme
+        self,
+        weight: Tensor,
+        output_weighting: Tensor | None,
+        judging: Tensor,
+        schemes: dict[int, QuantScheme],
+        reference: QuantScheme,
     ) -> dict[int, float]:
         """Loss of each width relative to ``reference``, on a sample of rows."""
         rows = slice(None, None, max(1, len(weight) // _SAMPLE_ROWS))
         weights = None if output_weighting is None else output_weighting[rows]
+        diagonal = self._input.autocorrelation.diagonal()
+        rescaled = torch.where(diagonal > 0, judging.diagonal() / torch.where(diagonal > 0, diagonal, 1.0), 0.0)
+        importance = self._input.importance * rescaled
         losses = {
-            num_bits: diagonal_loss(
-                rounding_error(weight[rows], scheme, self._clip_importance()), self._input.importance, weights
-            )
+            num_bits: diagonal_loss(rounding_error(weight[rows], scheme, self._clip_importance()), importance, weights)
             for num_bits, scheme in schemes.items()
         }
         base = losses[reference.num_bits]

@@ -9,6 +9,10 @@ arXiv 1503.05671; for shared weights arXiv 1602.01407), it comes to
 
 in nats, for g the gradient of the *summed* nll by the layer's output at one position. A correction C leaves E - C in
 place of E. Without gradients D is the identity and the loss is that of the layer's own output.
+
+Inputs are least independent of gradients where they are largest: a few channels of a few tokens (attention sinks, the
+channels of down_proj that feed them) would decide R, and the loss hardly depends on them. So the diagonal of R is set
+to what gradients make of it, ``E[|g|^2 x_j^2] / E[|g|^2]``, and its correlations are kept (``reweighted``).
 """
 
 import torch
@@ -63,6 +67,17 @@ def diagonal_loss(rounding: Tensor, importance: Tensor, output_weighting: Tensor
     """
     rows = rounding.double().square() @ importance.double()
     return float(rows.sum() if output_weighting is None else rows @ output_weighting.double())
+
+
+def reweighted(autocorrelation: Tensor, energy: Tensor) -> Tensor:
+    """``autocorrelation`` (in_features, in_features) with its channels scaled so that its diagonal is ``energy``.
+
+    Not from a paper. Channels that are always zero stay so.
+    """
+    diagonal = autocorrelation.diagonal()
+    is_alive = diagonal > 0
+    scale = torch.where(is_alive, energy.double() / torch.where(is_alive, diagonal, 1.0), 0.0).sqrt()
+    return autocorrelation * scale * scale[:, None]
 
 
 def losses_by_rank(

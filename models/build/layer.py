@@ -19,6 +19,7 @@ from ..llama.checkpoint import Checkpoint, DenseWeights
 from ..llama.model import DecoderLayer
 from ..transform.inputs import InputTransform
 from ..types import InputStatistics, LinearWeights
+from .gradients import with_gradients
 from .linear import LinearBuilder
 from .recipe import LayerRecipe, collected_statistics, rotation_block
 from .stream import CalibrationStreams
@@ -135,15 +136,7 @@ class LayerBuilder:
     def _with_known(self, path: str, owner: str, statistics: InputStatistics) -> InputStatistics:
         """``statistics`` with what was known before: gradients and flattening."""
         statistics = replace(statistics, flattening=self._known.flattening.get(owner))
-        gradients = self._known.gradients.get(path)
-        if gradients is None:
-            return statistics
-        return replace(
-            statistics,
-            fisher_rows=gradients.fisher_rows,
-            fisher_columns=gradients.fisher_columns,
-            output_gradient=gradients.output_gradient,
-        )
+        return with_gradients(statistics, self._known.gradients.get(path))
 
     def _build_linear(
         self, path: str, layer: nn.Module, statistics: InputStatistics, builder: LinearBuilder

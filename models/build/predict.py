@@ -8,33 +8,23 @@ is then spent where it removes most. Nothing is quantized for good and nothing i
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..budget import Choice, Option, allocate, network_choices
-from ..budget.losses import LossModel, required_for_prediction
-from ..calibration.backward import GradientStatistics, collect_gradients
-from ..calibration.collect import INPUT_OWNERS, Measurement, Runs, collect_statistics
 from ..calibration.data import CalibrationTokens
+from ..calibration.store import StatisticsStore
 from ..config import BuildConfig
-from ..errors import QerveError, SchemeError
-from ..llama.checkpoint import Checkpoint, DenseWeights
-from ..llama.model import DecoderLayer
-from ..memory import return_freed_memory
-from ..transform.inputs import InputTransform
-from ..types import InputStatistics, Statistic
+from ..errors import SchemeError
+from ..llama.checkpoint import Checkpoint
 from .footprint import build_memory_bytes, component_bytes, kv_cache_bytes, resident_bytes
 from .observer import BuildObserver
 from .planned import Plan, PlannedLayer
-from .recipe import rotation_block
-from .stream import CalibrationStreams, HiddenStream
+from .predictor import PLANNING_TOKENS, LossPredictor
 
-__all__ = ["Plan", "PlannedLayer", "plan_layers"]
-
-PLANNING_TOKENS = 1 << 16
-"""Tokens that statistics are taken from: enough for sums over whole layers, where a build's corrections need more."""
+__all__ = ["PLANNING_TOKENS", "Plan", "PlannedLayer", "plan_layers"]
 
 
 def plan_layers(
@@ -46,6 +36,7 @@ def plan_layers(
     *,
     use_gradients: bool = True,
     flattening: Mapping[str, Tensor] | None = None,
+    store: StatisticsStore | None = None,
 ) -> Plan:
     """Choose bits and rank of every linear layer within ``config.budget``, or price the one scheme there is without.
 
@@ -57,6 +48,7 @@ def plan_layers(
         observer: is told of the progress.
         use_gradients: weigh the outputs of a layer by what the loss makes of them; False: relative output errors.
         flattening: (in_features,) what an input was divided by when ``checkpoint`` was rewritten, by its owner's path.
+        store: of the same network, tokens and transforms; what planning collects is kept beside what it holds.
 
     Raises:
         SchemeError: a budget without calibration tokens.
@@ -67,7 +59,7 @@ def plan_layers(
     choices = network_choices(config, checkpoint.config)
     options: dict[str, list[Option]] | None = None
     if len(tokens.statistics):
-        predictor = _Predictor(checkpoint, tokens, config, device, observer, use_gradients, flattening or {})
+        predictor = LossPredictor(checkpoint, tokens, config, device, observer, use_gradients, flattening or {}, store)
         options = predictor.options(choices)
     chosen = _spend(choices, options, config, checkpoint)
     losses = None if options is None else {path: option.loss for path, (_, option) in chosen.items()}
@@ -135,97 +127,3 @@ def _summary(
         build_memory_bytes=build_memory_bytes(checkpoint.config, config),
         own=config.layers,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Predictor:
-    """Walks the dense network and predicts the losses of every layer's choices."""
-
-    checkpoint: Checkpoint
-    tokens: CalibrationTokens
-    config: BuildConfig
-    device: torch.device
-    observer: BuildObserver
-    use_gradients: bool
-    flattening: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def options(self, choices: Mapping[str, list[Choice]]) -> dict[str, list[Option]]:
-        gradients = self._gradients()
-        stream = self._stream()
-        dense = DenseWeights(self.checkpoint, torch.float32, self.device)
-        num_layers = self.checkpoint.config.num_hidden_layers
-        self.observer.phase("predicting losses", num_layers)
-        options: dict[str, list[Option]] = {}
-        for index in range(num_layers):
-            layer = DecoderLayer(self.checkpoint.config, index, dense)
-            options |= self._layer_options(layer, f"model.layers.{index}", stream.runs, gradients, choices)
-            stream.advance(layer)
-            return_freed_memory()
-            self.observer.progress(index + 1)
-        return options
-
-    def _layer_options(
-        self,
-        layer: DecoderLayer,
-        prefix: str,
-        runs: Runs,
-        gradients: Mapping[str, GradientStatistics],
-        choices: Mapping[str, list[Choice]],
-    ) -> dict[str, list[Option]]:
-        transforms = {}
-        for owner in INPUT_OWNERS:
-            in_features = layer.get_parameter(f"{owner}.weight").shape[1]
-            block = rotation_block(self.config, f"{prefix}.{owner}", in_features)
-            transforms[owner] = InputTransform(rotation_block=block)
-        measurement = Measurement(required_for_prediction(self.config), transforms)
-        statistics = collect_statistics(layer, runs, measurement, prefix)
-        options = {}
-        for owner, children in INPUT_OWNERS.items():
-            model = LossModel(self.config, statistics[owner])
-            for child in children:
-                path = f"{prefix}.{child}"
-                known = self._known(statistics[child], gradients.get(path), f"{prefix}.{owner}")
-                weight = transforms[owner].weight(layer.get_parameter(f"{child}.weight").data)
-                try:
-                    options[path] = model.options(weight, known, choices[path], self._unit())
-                except QerveError as error:
-                    raise type(error)(f"{path}: {error}") from error
-        return options
-
-    def _known(self, statistics: InputStatistics, gradients: GradientStatistics | None, owner: str) -> InputStatistics:
-        statistics = replace(statistics, flattening=self.flattening.get(owner))
-        if gradients is None:
-            return statistics
-        return replace(
-            statistics,
-            fisher_rows=gradients.fisher_rows,
-            fisher_columns=gradients.fisher_columns,
-            output_gradient=gradients.output_gradient,
-        )
-
-    def _unit(self) -> float | None:
-        """From ``tr(D E R E^T)`` to nats per predicted token; None: relative to the layer's output."""
-        length = self.tokens.statistics.shape[1]
-        return 0.5 * length / (length - 1) if self.use_gradients else None
-
-    def _gradients(self) -> dict[str, GradientStatistics]:
-        requires = {it for it in required_for_prediction(self.config) if it.needs_gradients}
-        if self.use_gradients:
-            requires.add(Statistic.OUTPUT_GRADIENT)
-        if not requires:
-            return {}
-        self.observer.phase("taking gradients", self.checkpoint.config.num_hidden_layers)
-        return collect_gradients(
-            self.checkpoint,
-            self.tokens.statistics[: self.config.calibration.num_gradient_sequences],
-            self.device,
-            frozenset(requires),
-            lambda path, in_features: rotation_block(self.config, path, in_features),
-            on_progress=lambda done, _total: self.observer.progress(done),
-        )
-
-    def _stream(self) -> HiddenStream:
-        sequences = self.tokens.statistics
-        num_sequences = max(1, -(-PLANNING_TOKENS // sequences.shape[1]))
-        only = CalibrationTokens(sequences[:num_sequences], sequences[:0])
-        return CalibrationStreams.start(self.checkpoint, only, self.config.calibration, self.device).statistics

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..calibration.backward import GradientStatistics, collect_gradients
 from ..calibration.collect import INPUT_OWNERS, Measurement, collect_statistics
 from ..calibration.data import CalibrationTokens
 from ..calibration.store import StatisticsStore
@@ -18,10 +17,11 @@ from ..llama.rewrite import FlattenedCheckpoint, PermutedCheckpoint, RotatedChec
 from ..transform.flatten import column_absmax, flatten_scale, share_over_query_heads
 from ..transform.permute import descending_order
 from ..types import Statistic
+from .gradients import network_gradients
 from .layer import Foreknowledge
 from .observer import BuildObserver
 from .predict import plan_layers
-from .recipe import collected_statistics, required_statistics, rotation_block
+from .recipe import collected_statistics, required_statistics
 from .stream import CalibrationStreams
 
 
@@ -61,34 +61,13 @@ def prepare(
         SchemeError, CalibrationError, CheckpointError: as ``build_artifact``.
     """
     checkpoint, flattening = _rewrite(checkpoint, config, tokens, device, observer)
-    gradients = _gradients(checkpoint, config, tokens, device, observer)
+    requires = required_statistics(config)
+    gradients = network_gradients(checkpoint, config, tokens, device, observer, requires=requires, store=store)
     if config.budget is not None:
-        plan = plan_layers(checkpoint, tokens, config, device, observer, flattening=flattening)
+        plan = plan_layers(checkpoint, tokens, config, device, observer, flattening=flattening, store=store)
         config = replace(config, layers=config.layers | plan.layers)
     is_storable = config.calibration.inputs == "dense"
     return Prepared(checkpoint, config, Foreknowledge(gradients, flattening, store if is_storable else None))
-
-
-def _gradients(
-    checkpoint: Checkpoint,
-    config: BuildConfig,
-    tokens: CalibrationTokens,
-    device: torch.device,
-    observer: BuildObserver,
-) -> dict[str, GradientStatistics]:
-    requires = frozenset(it for it in required_statistics(config) if it.needs_gradients)
-    if not requires:
-        return {}
-    sequences = tokens.statistics[: config.calibration.num_gradient_sequences]
-    observer.phase("taking gradients", checkpoint.config.num_hidden_layers)
-    return collect_gradients(
-        checkpoint,
-        sequences,
-        device,
-        requires,
-        lambda path, in_features: rotation_block(config, path, in_features),
-        on_progress=lambda done, _total: observer.progress(done),
-    )
 
 
 def _rewrite(

@@ -148,7 +148,7 @@ class _Pass:
             with torch.enable_grad(), _watched(layer, prefix, totals, self._rotation_block_of):
                 output = layer(inputs, self._batch, self._rotary)
                 (gradients[sequence],) = torch.autograd.grad(output, inputs, gradients[sequence])
-        return {path: total.finish(self._tokens.numel(), len(hidden), path) for path, total in totals.items()}
+        return {path: total.finish(len(hidden), path) for path, total in totals.items()}
 
     @torch.no_grad()
     def _head_gradients(self, hidden: list[Tensor]) -> list[Tensor]:

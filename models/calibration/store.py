@@ -26,7 +26,8 @@ from ..types import InputStatistics, Statistic
 VERSION = 1
 _TENSOR_FIELDS = tuple(item.name for item in fields(InputStatistics) if item.name != "num_tokens")
 _FIELDS = {statistic: (statistic.value,) for statistic in Statistic} | {
-    Statistic.FISHER: ("fisher_rows", "fisher_columns")
+    Statistic.FISHER: ("fisher_rows", "fisher_columns"),
+    Statistic.OUTPUT_GRADIENT: ("output_gradient", "input_energy"),
 }
 _Children: TypeAlias = dict[str, InputStatistics]
 

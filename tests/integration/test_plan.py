@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ import typer
 from typer.testing import CliRunner
 
 from models.artifact.load import load_artifact
-from models.build import SilentObserver, build_artifact
+from models.build import SilentObserver, build_artifact, predictor
 from models.build.planning import plan_build
 from models.build.predict import plan_layers
+from models.build.predictor import split_runs
+from models.calibration import gradients
 from models.calibration.data import CalibrationTokens
+from models.calibration.store import StatisticsStore
 from models.cli_plan import plan as plan_verb
 from models.config import (
     BudgetConfig,
@@ -142,6 +146,43 @@ def test_what_was_planned_is_what_is_built(checkpoint, config, tmp_path):
         assert (record.scheme.num_bits, record.rank) == (layer.num_bits, layer.rank)
 
 
+@pytest.mark.parametrize("use_gradients", [True, False])
+def test_a_plan_from_a_store_is_the_plan_without_it(checkpoint, config, tmp_path, monkeypatch, use_gradients):
+    config = replace(config, budget=BudgetConfig(4.25))
+    sequences = torch.tensor(json.loads(Path(config.calibration.source).read_text())).view(-1, LENGTH)[:NUM_SEQUENCES]
+    tokens = CalibrationTokens(sequences, sequences[:0])
+
+    def planned(store):
+        return plan_layers(checkpoint, tokens, config, CPU, SilentObserver(), use_gradients=use_gradients, store=store)
+
+    plain, filling = planned(None), planned(StatisticsStore(tmp_path / "store", "these inputs"))
+    monkeypatch.setattr(predictor, "collect_statistics", None)
+    reused = planned(StatisticsStore(tmp_path / "store", "these inputs"))
+    assert plain.linears == filling.linears == reused.linears
+    assert plain.nll_increase == filling.nll_increase == reused.nll_increase
+
+
+@pytest.mark.parametrize(
+    ("count", "fitting", "judging"),
+    [(0, [], []), (1, [0], [0]), (2, [0], [1]), (3, [0, 1], [2]), (9, [0, 1, 2, 4, 5, 6, 8], [3, 7])],
+)
+def test_no_batch_is_both_fitted_to_and_judged_by_but_a_single_one(count, fitting, judging):
+    assert split_runs(list(range(count))) == (fitting, judging)
+
+
+def test_with_few_tokens_what_gptq_fits_does_not_count_as_gained(checkpoint, config):
+    """24 tokens say little of 96 channels: by themselves they would promise errors near zero."""
+    config = replace(config, quantizer=QuantizerConfig("gptq", damping=1e-3), reconstruct=ReconstructConfig("none"))
+    sequences = torch.tensor(json.loads(Path(config.calibration.source).read_text())).view(-1, LENGTH)[:2]
+
+    def planned(batch_size):
+        calibration = replace(config.calibration, batch_size=batch_size)
+        tokens = CalibrationTokens(sequences, sequences[:0])
+        return plan_layers(checkpoint, tokens, replace(config, calibration=calibration), CPU, SilentObserver())
+
+    assert planned(batch_size=1).nll_increase > 2 * planned(batch_size=2).nll_increase
+
+
 def test_exceptions_are_kept_and_the_rest_of_the_budget_goes_to_the_others(checkpoint, config):
     path, other = "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"
     own = {path: LayerConfig(num_bits=8, rank=0), other: LayerConfig(group_size=64)}
@@ -152,11 +193,15 @@ def test_exceptions_are_kept_and_the_rest_of_the_budget_goes_to_the_others(check
 
 
 @pytest.mark.parametrize("only", ["", "q_proj", "v_proj", "up_proj", "down_proj"])
-def test_on_text_of_its_own_the_predicted_loss_is_the_divergence_from_the_dense_network(checkpoint, config, only):
+def test_on_text_of_its_own_the_predicted_loss_is_the_divergence_from_the_dense_network(
+    checkpoint, config, only, monkeypatch
+):
     """There the Fisher information is the Hessian, and ``1/2 e^T F e`` the divergence, up to independence assumptions.
 
-    Errors are taken at a quarter of their size, where the second order is all there is, and counted sixteen times.
+    Errors are taken at a quarter of their size, where the second order is all there is, and counted sixteen times. All
+    tokens count: this network has no attention sinks.
     """
+    monkeypatch.setattr(gradients, "SINK_TOKENS", 0)
     model = LlamaForCausalLM(checkpoint.config, DenseWeights(checkpoint))
     sequences = sampled(model, 48)
     config = replace(

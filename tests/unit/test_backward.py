@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from models.calibration.backward import collect_gradients
+from models.calibration.gradients import num_skipped
 from models.errors import CalibrationError
 from models.llama.checkpoint import open_checkpoint
 from models.types import Statistic
@@ -14,6 +15,7 @@ from tests.support.tiny_checkpoints import VOCAB_SIZE, random_tensors, tiny_conf
 BOTH = frozenset({Statistic.FISHER, Statistic.OUTPUT_GRADIENT})
 CPU = torch.device("cpu")
 NUM_SEQUENCES, LENGTH = 3, 11
+NUM_SKIPPED = 2  # of a sequence this short, a quarter
 PATHS = [
     "model.layers.0.self_attn.q_proj",
     "model.layers.1.self_attn.v_proj",
@@ -68,6 +70,18 @@ def output_gradients(model, path, tokens):
     return torch.cat(gradients)
 
 
+@torch.no_grad()
+def inputs_of(model, path, tokens):
+    """(num_sequences * length, in_features) float64."""
+    seen = []
+    handle = model.get_submodule(path).register_forward_pre_hook(
+        lambda _module, inputs: seen.append(inputs[0].double())
+    )
+    model(tokens)
+    handle.remove()
+    return seen[0].flatten(0, 1)
+
+
 def root_means_by_double_loop(gradients):
     """Row and column means of sqrt(F), element by element."""
     num_sequences, num_rows, num_columns = gradients.shape
@@ -85,10 +99,15 @@ def root_means_by_double_loop(gradients):
 def test_statistics_are_those_of_automatic_differentiation_through_the_whole_network(directory, tokens, model, path):
     found = collect_gradients(open_checkpoint(str(directory)), tokens, CPU, BOTH)[path]
     rows, columns = root_means_by_double_loop(weight_gradients(model, path, tokens))
-    output = output_gradients(model, path, tokens).square().mean(0)
+    gradients, inputs = output_gradients(model, path, tokens), inputs_of(model, path, tokens)
+    is_counted = torch.arange(len(gradients)) % LENGTH >= NUM_SKIPPED
+    gradients, inputs = gradients[is_counted], inputs[is_counted]
+    output, sizes = gradients.square().mean(0), gradients.square().sum(1)
+    energy = (sizes[:, None] * inputs.square()).sum(0) / sizes.sum()
     torch.testing.assert_close(found.fisher_rows, rows, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found.fisher_columns, columns, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found.output_gradient, output, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(found.input_energy, energy, rtol=1e-4, atol=1e-9)
 
 
 def test_one_weight_at_a_time_the_gradient_is_the_slope_of_the_loss(directory, tokens, model):
@@ -124,6 +143,8 @@ def test_with_rotation_the_gradient_is_that_of_the_rotated_weight(directory, tok
     torch.testing.assert_close(found[path].fisher_rows, rows, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found[path].fisher_columns, columns, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found[path].output_gradient, plain[path].output_gradient)
+    torch.testing.assert_close(found[path].input_energy.sum(), plain[path].input_energy.sum())
+    assert not torch.allclose(found[path].input_energy, plain[path].input_energy, rtol=0.1)
     assert found[PATHS[0]].fisher_columns.equal(plain[PATHS[0]].fisher_columns)
 
 
@@ -136,6 +157,12 @@ def test_only_what_was_asked_for_is_taken(directory, tokens, requires):
         assert (statistics.fisher_rows is not None) == (Statistic.FISHER in requires)
         assert (statistics.fisher_columns is not None) == (Statistic.FISHER in requires)
         assert (statistics.output_gradient is not None) == (Statistic.OUTPUT_GRADIENT in requires)
+        assert (statistics.input_energy is not None) == (Statistic.OUTPUT_GRADIENT in requires)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(1, 0), (3, 0), (4, 1), (15, 3), (16, 4), (2048, 4)])
+def test_only_attention_sinks_are_skipped(length, expected):
+    assert num_skipped(length) == expected
 
 
 def test_progress_ends_at_its_total(directory, tokens):

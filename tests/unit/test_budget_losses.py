@@ -7,7 +7,14 @@ import torch
 
 from models.budget import layer_choices
 from models.budget.losses import LossModel
-from models.budget.spectra import compensated_error, diagonal_loss, losses_by_channels, losses_by_rank, rounding_error
+from models.budget.spectra import (
+    compensated_error,
+    diagonal_loss,
+    losses_by_channels,
+    losses_by_rank,
+    reweighted,
+    rounding_error,
+)
 from models.config import BudgetConfig, BuildConfig, QuantizerConfig, ReconstructConfig
 from models.llama.config import LinearShape
 from models.quant.gptq import factorize, quantize_gptq
@@ -204,6 +211,43 @@ def test_clip_search_lowers_the_prediction_as_it_lowers_the_loss(autocorrelation
     config = BuildConfig(scheme=QuantScheme(2, 32), reconstruct=ReconstructConfig("none"))
     clipped = replace(config, quantizer=QuantizerConfig(use_clip_search=True))
     assert predicted(clipped, weight, statistics)[2, 0] < 0.9 * predicted(config, weight, statistics)[2, 0]
+
+
+def test_reweighting_sets_the_diagonal_and_keeps_correlations(autocorrelation):
+    energy = torch.linspace(0.1, 5, COLUMNS, dtype=torch.float64)
+    autocorrelation[7], autocorrelation[:, 7] = 0, 0
+    scaled = reweighted(autocorrelation, energy)
+    alive = [index for index in range(COLUMNS) if index != 7]
+    torch.testing.assert_close(scaled.diagonal()[alive], energy[alive])
+    assert not scaled[7].any()
+    sizes, before = scaled.diagonal().sqrt(), autocorrelation.diagonal().sqrt()
+    for i, j in ((0, 1), (5, 40), (63, 12)):
+        assert (scaled[i, j] / sizes[i] / sizes[j]).item() == pytest.approx(
+            (autocorrelation[i, j] / before[i] / before[j]).item()
+        )
+
+
+def test_channels_that_the_loss_does_not_feel_are_judged_by_what_it_feels(weight, autocorrelation, output_gradient):
+    """One channel a hundred times larger than the rest, in tokens without gradients."""
+    autocorrelation[3, :] *= 100
+    autocorrelation[:, 3] *= 100
+    energy = autocorrelation.diagonal().clone()
+    energy[3] /= 1e4
+    statistics = statistics_of(autocorrelation, output_gradient)
+    config = BuildConfig(scheme=SCHEME, budget=BudgetConfig(4.0, (3, 4), 8))
+    shape = LinearShape(ROWS, COLUMNS, has_bias=False)
+    options = LossModel(config, statistics).options(
+        weight, statistics, layer_choices(config, "layer", shape), 1.0, energy
+    )
+    scale = (energy / autocorrelation.diagonal()).sqrt()
+    felt = replace(statistics, autocorrelation=autocorrelation * scale * scale[:, None])
+    for option in options:
+        if option.num_bits == 4:
+            reconstructor = get_reconstructor(ReconstructConfig(rank=option.rank, factor_dtype="float32"))
+            built = reconstructor.reconstruct(weight, statistics, lambda it: quantize_rtn(it, SCHEME))
+            left = weight.double() - effective_weight(built)
+            expected = loss_by_double_loop(left, felt.autocorrelation, output_gradient)
+            assert option.loss == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("method", ["loftq", "lq-lora", "srr", "serq"])
