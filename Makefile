@@ -24,7 +24,7 @@ INSTALL := $(BIN)/python -m pip --quiet --disable-pip-version-check install \
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help venv demo model test test-all quality tree clean
+.PHONY: help venv demo model test test-all bench quality tree clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,10 @@ test: $(VENV)/.installed-dev ## run the tests, without those marked slow
 
 test-all: $(VENV)/.installed-dev model ## run every test, with the real model
 	@$(PYTEST) $(ARGS)
+
+bench: $(VENV)/.installed-dev model ## time the heavy numerics; run it with nothing else running
+	@$(BIN)/python -m tools.bench_qera --checkpoint .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
+	@$(BIN)/python -m tools.bench_qera --shape 4096x11008
 
 quality: $(VENV)/.installed-dev ## lint, formatting and types, as CI checks them
 	@$(BIN)/ruff check .
