@@ -85,9 +85,7 @@ def main() -> None:
         timings = [reconstruct(weight, statistics, options.rank)]
     for shape in sorted({timing.shape for timing in timings}):
         seconds = [timing.seconds for timing in timings if timing.shape == shape]
-        print(
-            f"{shape[0]:6d} x {shape[1]:<6d} {len(seconds):4d} layers  median {sorted(seconds)[len(seconds) // 2]:.3f} s"
-        )
+        print(f"{shape[0]:6d} x {shape[1]:<6d} {len(seconds):4d} layers  median {median(seconds):.3f} s")
     total, peak = sum(timing.seconds for timing in timings), max(timing.peak_bytes for timing in timings)
     print(f"total {total:.1f} s, peak memory of one layer {peak / 2**20:.0f} MiB above its statistics")
     print(
