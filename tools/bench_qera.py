@@ -11,6 +11,7 @@ import argparse
 import json
 import time
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..artifact.format import qerve_version
+from ..build.recipe import PAIRED_STATISTICS, required_statistics
 from ..config import BuildConfig, CalibrationConfig
 from ..errors import QerveError
 from ..llama.checkpoint import file_digest
@@ -35,9 +36,14 @@ class Fingerprints:
         return _sha256([*self._common, recipe.build.to_dict(), self._calibration(recipe.build.calibration)])
 
     def statistics(self, build: BuildConfig) -> str:
-        """Of the statistics that ``build`` accumulates: whatever its inputs go through before they are measured."""
+        """Of the statistics that ``build`` accumulates: whatever its inputs go through before they are measured.
+
+        Inputs are quantized only for what compares outputs; all other statistics are of inputs as they are.
+        """
         parts = build.to_dict()
-        settings = {name: parts[name] for name in ("calibration", "transform", "activations", "objective")}
+        is_paired = not PAIRED_STATISTICS.isdisjoint(required_statistics(build))
+        settings = {name: parts[name] for name in ("calibration", "transform")}
+        settings["activations"] = parts["activations"] if is_paired else None
         return _sha256([*self._statistics_common, settings, self._calibration(build.calibration)])
 
     def _calibration(self, calibration: CalibrationConfig) -> str:

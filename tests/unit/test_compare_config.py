@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.compare.config import CompareConfig
+from models.compare.config import CompareConfig, EvaluationConfig
+from models.compare.fingerprint import Fingerprints
 from models.compare.grid import GridConfig, automatic_name, expand
 from models.compare.overlay import lookup, nested, overlay
-from models.config import BuildConfig
+from models.config import BuildConfig, CalibrationConfig, ReconstructConfig, TransformConfig
 from models.errors import SchemeError
+from models.scheme import ActivationScheme
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = {"path": "wiki.txt"}
@@ -199,3 +202,14 @@ def test_nested_and_lookup_are_inverse():
     assert lookup(nested("a.b.c", 3), "a.b.c", "test") == 3
     with pytest.raises(SchemeError, match=r"there is no 'a\.x'"):
         lookup(nested("a.b", 1), "a.x", "test")
+
+
+def test_statistics_are_shared_unless_activations_are_quantized_for_them() -> None:
+    prints = Fingerprints("checkpoint", EvaluationConfig(), "cpu")
+    plain = BuildConfig(reconstruct=ReconstructConfig("lqer", 4), calibration=CalibrationConfig(inputs="dense"))
+    quantized = replace(plain, activations=ActivationScheme(num_bits=4))
+    assert prints.statistics(plain) == prints.statistics(quantized)
+    paired = replace(plain, objective="output"), replace(quantized, objective="output")
+    assert prints.statistics(paired[0]) != prints.statistics(paired[1])
+    rotated = replace(plain, transform=TransformConfig(rotation="online"))
+    assert prints.statistics(plain) != prints.statistics(rotated)
