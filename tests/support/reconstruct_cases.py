@@ -51,6 +51,7 @@ def all_statistics(x: Tensor, gradient: Tensor) -> InputStatistics:
     """Every statistic of inputs ``x`` (num_tokens, in_features) and output gradients (num_tokens, out_features)."""
     seen = coarse(x)
     fisher = (gradient.T @ x / len(x)).square().sqrt()
+    token_weights = gradient.square().sum(1)
     return InputStatistics(
         num_tokens=len(x),
         autocorrelation=x.T @ x / len(x),
@@ -62,6 +63,7 @@ def all_statistics(x: Tensor, gradient: Tensor) -> InputStatistics:
         fisher_rows=fisher.mean(1),
         fisher_columns=fisher.mean(0),
         output_gradient=gradient.square().mean(0),
+        input_energy=token_weights @ x.square() / token_weights.sum(),
     )
 
 
