@@ -13,6 +13,7 @@ from rich.table import Table
 
 from .cli_output import WIDE, RichObserver
 from .errors import QerveError
+from .plain import finite
 
 if TYPE_CHECKING:
     from .compare.config import CompareConfig
@@ -38,7 +39,6 @@ def compare(
     from .compare.config import CompareConfig
     from .compare.output import to_dict, write_outputs
     from .compare.run import compare as run_comparison
-    from .compare.storage import finite
     from .memory import map_large_blocks
     from .report.page import missing_for_page
 

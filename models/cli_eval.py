@@ -1,7 +1,6 @@
 """``qerve eval``: what to measure, the measuring, and what is printed; and the way into lm-evaluation-harness."""
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +10,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .cli_output import progress_bar
+from .cli_output import WIDE, progress_bar
 from .errors import EvaluationError
+from .plain import finite
 
 if TYPE_CHECKING:
     from .evaluate.corpora import Corpus
     from .evaluate.load import Evaluated
     from .evaluate.tasks import Task, TaskResult
     from .evaluate.texts import TextResult, TextSettings
-
-WIDE = 120
-"""Columns of a table that goes to a file or a pipe."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Texts = Annotated[list[Path] | None, typer.Option(help="UTF-8 text file to score; repeatable.")]
@@ -164,17 +161,8 @@ def _to_dict(
     if len(texts) == 1:
         values |= texts[0].to_dict()
     values |= {"texts": [item.to_dict() for item in texts], "tasks": [item.to_dict() for item in results]}
-    finite: dict[str, Any] = _finite(values)
-    return finite
-
-
-def _finite(value: Any) -> Any:
-    """Numbers that JSON cannot hold become null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    without_nan: dict[str, Any] = finite(values)
+    return without_nan
 
 
 def _print_tables(model: str, dtype: str, texts: Sequence["TextResult"], results: Sequence["TaskResult"]) -> None:

@@ -1,7 +1,6 @@
 """What the offline verbs print: progress bars on stderr, one table or one JSON object on stdout."""
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -11,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as RemainingColumn
 from rich.table import Table
+
+from .plain import finite
 
 if TYPE_CHECKING:
     from .artifact.inspect import Inspection
@@ -72,10 +73,7 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
 
 def print_json(values: dict[str, object]) -> None:
     """One JSON object on one line; numbers that JSON cannot hold become null."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
-    }
-    print(json.dumps(finite))
+    print(json.dumps(finite(values)))
 
 
 def _print_rows(title: str, rows: dict[str, str]) -> None:

@@ -10,13 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .cli_options import with_build_options
-from .cli_output import WIDE, RichObserver, print_json
+from .cli_output import MIB, WIDE, RichObserver, print_json
 from .config import BuildConfig
 
 if TYPE_CHECKING:
     from .build.planned import Plan, PlannedLayer
-
-MIB = 2**20
 
 
 @with_build_options

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..quant.clip import search_grid
 from ..quant.gptq import HessianFactor
 from ..quant.grid import choose_grid, dequantize, quantize
-from ..reconstruct.linalg import weigh
+from ..quant.weighting import weigh
 from ..scheme import QuantScheme
 
 

@@ -22,7 +22,7 @@ from ..quant.packing import packed_columns
 from ..reconstruct import get_reconstructor
 from ..reconstruct.serq import Serq
 from ..types import LinearWeights, QuantizedWeight
-from .recipe import PAIRED_STATISTICS, required_statistics, rotation_block
+from .recipe import has_target_stream, rotation_block
 
 _MATRIX_BYTES = 2
 _ROW_TILE = 64
@@ -153,16 +153,28 @@ def kv_cache_bytes(network: LlamaConfig, device: torch.device) -> int:
     return PagedKVCache.bytes_per_block(network, _KV_TOKENS, default_dtype(device))
 
 
-def build_memory_bytes(network: LlamaConfig, config: BuildConfig) -> int:
-    """What a build holds at most: ``BuildReport.memory_bound_bytes``, from the configuration alone."""
+def memory_bound_bytes(network: LlamaConfig, num_inside: int, hidden_bytes: int) -> int:
+    """Dense embedding, one dense decoder layer, and the calibration set's activations, all in float32.
+
+    Args:
+        network: its shape.
+        num_inside: tokens of the one batch that is inside a layer, with its attention and MLP intermediates.
+        hidden_bytes: hidden states of every sequence.
+    """
     linears = network.layer_linear_shapes(0).values()
+    embedding = network.vocab_size * network.hidden_size
     layer = sum(shape.out_features * shape.in_features for shape in linears)
     per_token = sum(shape.out_features for shape in linears) + 4 * network.hidden_size
+    return 4 * (embedding + layer + num_inside * per_token) + hidden_bytes
+
+
+def build_memory_bytes(network: LlamaConfig, config: BuildConfig) -> int:
+    """What a build holds at most: ``BuildReport.memory_bound_bytes``, from the configuration alone."""
     calibration = config.calibration
     if calibration.source == "none":
-        return 4 * (network.vocab_size * network.hidden_size + layer)
-    has_target = bool(PAIRED_STATISTICS & required_statistics(config)) and calibration.inputs != "dense"
+        return memory_bound_bytes(network, 0, 0)
+    has_target = has_target_stream(config)
     num_sequences = calibration.num_sequences * (2 if has_target else 1) + 2 * calibration.num_holdout
-    hidden = num_sequences * calibration.sequence_length * network.hidden_size
-    inside = min(calibration.batch_size, calibration.num_sequences) * calibration.sequence_length * per_token
-    return 4 * (network.vocab_size * network.hidden_size + layer + inside + hidden)
+    num_inside = min(calibration.batch_size, calibration.num_sequences) * calibration.sequence_length
+    hidden_bytes = 4 * num_sequences * calibration.sequence_length * network.hidden_size
+    return memory_bound_bytes(network, num_inside, hidden_bytes)

@@ -20,8 +20,7 @@ def holdout_evaluation(checkpoint: Checkpoint, streams: CalibrationStreams) -> d
         return {}
     network, device = checkpoint.config, streams.holdout_dense.hidden[0].device
     norm = RMSNorm(checkpoint.tensor("model.norm.weight").to(device, torch.float32), network.rms_norm_eps)
-    head_name = "model.embed_tokens.weight" if network.tie_word_embeddings else "lm_head.weight"
-    head = checkpoint.tensor(head_name, narrow=True).to(device)
+    head = checkpoint.tensor(network.head_name, narrow=True).to(device)
     dense = _score(streams.holdout_dense, norm, head)
     quantized = _score(streams.holdout_quantized, norm, head)
     return {

@@ -17,11 +17,10 @@ from ..kernels import get_backends
 from ..layers.linear import DenseLinear, LowRankLinear
 from ..llama.checkpoint import Checkpoint, DenseWeights
 from ..llama.model import DecoderLayer
-from ..transform.inputs import InputTransform
 from ..types import InputStatistics, LinearWeights
 from .gradients import with_gradients
 from .linear import LinearBuilder
-from .recipe import LayerRecipe, collected_statistics, rotation_block
+from .recipe import LayerRecipe, collected_statistics, input_transforms
 from .stream import CalibrationStreams
 
 
@@ -118,9 +117,7 @@ class LayerBuilder:
         if not runs:
             yield {child: InputStatistics(0) for children in INPUT_OWNERS.values() for child in children}
             return
-        transforms = {
-            owner: InputTransform(rotation_block=self._rotation_block(f"{prefix}.{owner}")) for owner in INPUT_OWNERS
-        }
+        transforms = input_transforms(self._config, index, self._network)
         measurement = Measurement(self._requires, transforms, self._config.activations)
         target = None if streams.target is None else Target(dense, streams.target.runs)
         if self._config.calibration.inputs == "sequential":
@@ -149,9 +146,6 @@ class LayerBuilder:
             raise type(error)(f"{path}: {error}") from error
         weights = replace(weights, bias=None if layer.bias is None else layer.bias.data)
         return weights, LinearRecord.of(weights, errors.weight_after, errors.output_after)
-
-    def _rotation_block(self, path: str) -> int:
-        return rotation_block(self._config, path, self._network.linear_shapes()[path].in_features)
 
     def _module(self, path: str, weights: LinearWeights) -> nn.Module:
         """``weights`` run by the reference backend in float32."""

@@ -20,17 +20,16 @@ from ..calibration.data import CalibrationTokens
 from ..calibration.store import StatisticsStore
 from ..config import BuildConfig
 from ..llama.checkpoint import Checkpoint, DenseWeights
-from ..llama.config import LlamaConfig
 from ..memory import PeakMemory, directory_bytes, return_freed_memory
 from ..report.layers import artifact_report
-from ..types import Statistic
 from .calibrate import calibration_tokens
+from .footprint import memory_bound_bytes
 from .holdout import holdout_evaluation
 from .layer import LayerBuilder, stored_tensor
 from .observer import BuildObserver, SilentObserver
 from .plan import check_build
 from .prepare import Prepared, prepare
-from .recipe import required_statistics
+from .recipe import has_target_stream
 from .stream import CalibrationStreams
 
 
@@ -108,7 +107,7 @@ def build_artifact(
         seconds=round(time.perf_counter() - started, 2),
         peak_memory_bytes=building.growth_bytes,
         preparation_peak_bytes=preparing.growth_bytes,
-        memory_bound_bytes=memory_bound_bytes(checkpoint.config, streams),
+        memory_bound_bytes=memory_bound_bytes(checkpoint.config, streams.largest_batch, streams.nbytes),
         dense_perplexity=evaluation.get("dense_perplexity"),
         quantized_perplexity=evaluation.get("quantized_perplexity"),
         effective_bits=manifest.effective_bits,
@@ -129,7 +128,7 @@ def _build_layers(
     checkpoint, config = prepared.checkpoint, prepared.config
     if prepared.has_all_statistics:
         tokens = replace(tokens, statistics=tokens.statistics[:0])
-    has_target = Statistic.CROSS_CORRELATION in required_statistics(config)
+    has_target = has_target_stream(config)
     streams = CalibrationStreams.start(checkpoint, tokens, config.calibration, device, has_target=has_target)
     dense = DenseWeights(checkpoint, torch.float32, device)
     builder = LayerBuilder(config, dense, writer, prepared.known)
@@ -146,19 +145,6 @@ def build_fingerprint(checkpoint: Checkpoint, config: BuildConfig, tokens: Calib
     """sha256 that two builds share when a layer finished by one can be taken over by the other."""
     described = json.dumps([checkpoint.fingerprint, tokens.fingerprint, _recorded(config).to_dict()], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
-
-
-def memory_bound_bytes(network: LlamaConfig, streams: CalibrationStreams) -> int:
-    """Dense embedding, one dense decoder layer, and the calibration set's activations, all in float32.
-
-    The activations are the hidden states of every sequence and, for the one batch that is inside a layer, its
-    attention and MLP intermediates.
-    """
-    embedding = network.vocab_size * network.hidden_size
-    layer = sum(shape.out_features * shape.in_features for shape in network.layer_linear_shapes(0).values())
-    per_token = sum(shape.out_features for shape in network.layer_linear_shapes(0).values()) + 4 * network.hidden_size
-    inside = streams.largest_batch * per_token
-    return 4 * (embedding + layer + inside) + streams.nbytes
 
 
 def _finish(

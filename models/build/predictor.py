@@ -6,7 +6,6 @@ carries over to other text only in part, and the fewer tokens there are for the 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from ..transform.inputs import InputTransform
 from ..types import InputStatistics, Statistic
 from .gradients import network_gradients, with_gradients
 from .observer import BuildObserver
-from .recipe import rotation_block
+from .recipe import input_transforms
 from .stream import CalibrationStreams, HiddenStream
 
 PLANNING_TOKENS = 1 << 16
@@ -102,34 +101,28 @@ class LossPredictor:
         options: dict[str, list[Option]] = {}
         for index in range(num_layers):
             layer, prefix = DecoderLayer(self.checkpoint.config, index, dense), f"model.layers.{index}"
-            transforms = self._transforms(layer, prefix)
+            transforms = input_transforms(self.config, index, self.checkpoint.config)
             statistics = (
                 fitting.statistics(index, layer, transforms),
                 judging.statistics(index, layer, transforms),
             )
-            options |= self._layer_options(layer, prefix, statistics, gradients, choices)
+            options |= self._layer_options(layer, prefix, transforms, statistics, gradients=gradients, choices=choices)
             stream.advance(layer)
             return_freed_memory()
             self.observer.progress(index + 1)
         return options
 
-    def _transforms(self, layer: DecoderLayer, prefix: str) -> dict[str, InputTransform]:
-        """What happens to each owner's input while serving."""
-        widths = {owner: layer.get_parameter(f"{owner}.weight").shape[1] for owner in INPUT_OWNERS}
-        return {
-            owner: InputTransform(rotation_block=rotation_block(self.config, f"{prefix}.{owner}", width))
-            for owner, width in widths.items()
-        }
-
     def _layer_options(
         self,
         layer: DecoderLayer,
         prefix: str,
+        transforms: Mapping[str, InputTransform],
         statistics: tuple[Mapping[str, InputStatistics], Mapping[str, InputStatistics]],
+        *,
         gradients: Mapping[str, GradientStatistics],
         choices: Mapping[str, list[Choice]],
     ) -> dict[str, list[Option]]:
-        options, transforms = {}, self._transforms(layer, prefix)
+        options = {}
         fitted, judged = statistics
         for owner, children in INPUT_OWNERS.items():
             shared = replace(fitted[owner], flattening=self.flattening.get(f"{prefix}.{owner}"))
@@ -154,8 +147,9 @@ class LossPredictor:
         requires = get_reconstructor(self.config.reconstruct).requires
         if self.use_gradients:
             requires |= {Statistic.OUTPUT_GRADIENT}
-        take = partial(network_gradients, self.checkpoint, self.config, self.tokens, self.device, self.observer)
-        return take(requires=requires, store=self.store)
+        return network_gradients(
+            self.checkpoint, self.config, self.tokens, self.device, self.observer, requires=requires, store=self.store
+        )
 
     def _parts(self) -> tuple[HiddenStream, Part, Part]:
         """The calibration set before the first layer, the batches that errors are fitted to, and those that judge."""

@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass, replace
 
+from ..calibration.collect import INPUT_OWNERS
 from ..config import BuildConfig
+from ..llama.config import LlamaConfig
 from ..quant.quantizers import Quantizer, get_quantizer
 from ..reconstruct import get_reconstructor
 from ..reconstruct.base import Reconstructor
+from ..reconstruct.regression import REQUIRES_REFIT
 from ..scheme import QuantScheme
+from ..transform.inputs import InputTransform
 from ..types import Statistic
-
-PAIRED_STATISTICS = frozenset({Statistic.QUANTIZED_AUTOCORRELATION, Statistic.CROSS_CORRELATION})
-"""What the outputs of the dense network are compared with from quantized inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def required_statistics(config: BuildConfig) -> frozenset[Statistic]:
     reconstructor = get_reconstructor(config.reconstruct)
     requires = reconstructor.requires | get_quantizer(config.quantizer, config.scheme).requires
     if config.objective == "output" or config.reconstruct.refit:
-        requires |= PAIRED_STATISTICS
+        requires |= REQUIRES_REFIT
     return requires
 
 
@@ -72,3 +73,19 @@ def collected_statistics(config: BuildConfig) -> frozenset[Statistic]:
     """
     inputs = {statistic for statistic in required_statistics(config) if not statistic.needs_gradients}
     return frozenset(inputs | {Statistic.AUTOCORRELATION})
+
+
+def has_target_stream(config: BuildConfig) -> bool:
+    """Whether the calibration set also goes through the dense network, to be compared with the quantized one."""
+    is_compared = Statistic.CROSS_CORRELATION in required_statistics(config)
+    return is_compared and config.calibration.inputs != "dense"
+
+
+def input_transforms(config: BuildConfig, layer_index: int, network: LlamaConfig) -> dict[str, InputTransform]:
+    """What happens to the inputs of a decoder layer's linear layers while serving, by the child path of the owner."""
+    shapes, prefix = network.linear_shapes(), f"model.layers.{layer_index}"
+    paths = {owner: f"{prefix}.{owner}" for owner in INPUT_OWNERS}
+    return {
+        owner: InputTransform(rotation_block=rotation_block(config, path, shapes[path].in_features))
+        for owner, path in paths.items()
+    }

@@ -91,9 +91,8 @@ class CalibrationStreams:
         rotary = RotaryEmbedding(checkpoint.config, device)
         statistics = HiddenStream.embed(tokens.statistics, embedding, config.batch_size, rotary)
         holdout = HiddenStream.embed(tokens.holdout, embedding, config.batch_size, rotary)
-        uses_dense_inputs = config.inputs == "dense"
-        target = statistics.copy() if has_target and not uses_dense_inputs else None
-        return cls(statistics, target, holdout, holdout.copy(), uses_dense_inputs)
+        target = statistics.copy() if has_target else None
+        return cls(statistics, target, holdout, holdout.copy(), config.inputs == "dense")
 
     def advance(self, dense: nn.Module, quantized: nn.Module) -> None:
         """Take every stream through one decoder layer, in its dense or its quantized form."""

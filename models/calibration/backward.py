@@ -154,8 +154,7 @@ class _Pass:
     def _head_gradients(self, hidden: list[Tensor]) -> list[Tensor]:
         """Gradient of the loss by the outputs of the last decoder layer."""
         norm = RMSNorm(self._weights.tensor("model.norm.weight"), self._network.rms_norm_eps)
-        name = "model.embed_tokens.weight" if self._network.tie_word_embeddings else "lm_head.weight"
-        head = self._checkpoint.tensor(name, narrow=True).to(self._tokens.device)
+        head = self._checkpoint.tensor(self._network.head_name, narrow=True).to(self._tokens.device)
         gradients: list[Tensor] = []
         for states, row in zip(hidden, self._tokens, strict=True):
             inputs = states.detach().requires_grad_()

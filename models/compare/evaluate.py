@@ -1,6 +1,5 @@
 """Measures one network: the texts and tasks of a comparison, by the functions behind ``qerve eval``."""
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from ..evaluate.load import Evaluated, load_for_evaluation
 from ..evaluate.perplexity import perplexity
 from ..evaluate.tasks import Task, score_task
 from ..memory import return_freed_memory
+from ..plain import finite
 from ..report.result import TaskScore, TextScore
 from .config import EvaluationConfig, TextConfig
 
@@ -63,8 +63,7 @@ class Evaluation:
             max_windows=text.max_windows,
             on_window=lambda done, _total: observer.progress(done),
         )
-        nll = result.nll if math.isfinite(result.nll) else None
-        return TextScore(text.label, nll, result.num_tokens, result.num_windows)
+        return TextScore(text.label, finite(result.nll), result.num_tokens, result.num_windows)
 
 
 def _corpus(text: TextConfig) -> Corpus:
@@ -77,13 +76,9 @@ def _task(loaded: Evaluated, task: Task, observer: BuildObserver) -> TaskScore:
     return TaskScore(
         task=task.name,
         num_rows=found.num_rows,
-        acc=_finite(found.acc),
-        acc_stderr=_finite(found.acc_stderr),
-        acc_norm=_finite(found.acc_norm),
-        acc_norm_stderr=_finite(found.acc_norm_stderr),
-        perplexity=_finite(found.perplexity),
+        acc=finite(found.acc),
+        acc_stderr=finite(found.acc_stderr),
+        acc_norm=finite(found.acc_norm),
+        acc_norm_stderr=finite(found.acc_norm_stderr),
+        perplexity=finite(found.perplexity),
     )
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else value

@@ -6,10 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..artifact.format import qerve_version
-from ..build.recipe import PAIRED_STATISTICS, required_statistics
+from ..build.recipe import required_statistics
 from ..config import BuildConfig, CalibrationConfig
 from ..errors import QerveError
 from ..llama.checkpoint import file_digest
+from ..reconstruct.regression import REQUIRES_REFIT
 from .config import EvaluationConfig, RecipeConfig
 
 
@@ -41,7 +42,7 @@ class Fingerprints:
         Inputs are quantized only for what compares outputs; all other statistics are of inputs as they are.
         """
         parts = build.to_dict()
-        is_paired = not PAIRED_STATISTICS.isdisjoint(required_statistics(build))
+        is_paired = not REQUIRES_REFIT.isdisjoint(required_statistics(build))
         settings = {name: parts[name] for name in ("calibration", "transform")}
         settings["activations"] = parts["activations"] if is_paired else None
         return _sha256([*self._statistics_common, settings, self._calibration(build.calibration)])

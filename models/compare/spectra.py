@@ -16,7 +16,8 @@ from ..artifact.reader import ArtifactReader
 from ..calibration.store import StatisticsStore
 from ..config import BuildConfig
 from ..llama.checkpoint import Checkpoint
-from ..reconstruct.linalg import weigh, weighted_low_rank
+from ..quant.weighting import weigh
+from ..reconstruct.linalg import weighted_low_rank
 from ..reconstruct.loss import effective_weight, weighted_square
 from ..report.result import Spectrum
 from ..transform.inputs import InputTransform

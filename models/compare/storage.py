@@ -1,13 +1,12 @@
 """Results on disk: one JSON file per row, written as soon as the row is measured."""
 
 import json
-import math
 from pathlib import Path
-from typing import Any
 
 from ..artifact.files import write_bytes
 from ..config import from_plain
 from ..errors import QerveError
+from ..plain import finite
 from ..report.result import RecipeResult
 
 
@@ -57,12 +56,3 @@ def write_file(path: Path, content: bytes) -> None:
         write_bytes(path, content)
     except OSError as error:
         raise QerveError(f"{path}: cannot be written: {error}; make room or give access, and start again") from error
-
-
-def finite(values: Any) -> Any:
-    """``values`` with None in place of what is not a finite number."""
-    if isinstance(values, dict):
-        return {key: finite(value) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [finite(value) for value in values]
-    return None if isinstance(values, float) and not math.isfinite(values) else values

@@ -152,6 +152,11 @@ class LlamaConfig:
         return shapes
 
     @property
+    def head_name(self) -> str:
+        """Name of the matrix that makes logits: the embedding's where the two are tied."""
+        return "model.embed_tokens.weight" if self.tie_word_embeddings else "lm_head.weight"
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of the dense network; a tied head counts once."""
         return sum(math.prod(shape) for shape in self.tensor_shapes().values())

@@ -24,6 +24,7 @@ from ..scheme import PER_CHANNEL, QuantScheme
 from ..types import Correction, Factor
 from .grid import dense_factors
 from .rtn import quantize_rtn
+from .weighting import weigh
 
 FLOAT_FACTORS: Mapping[FactorDtype, torch.dtype] = MappingProxyType(
     {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -106,7 +107,7 @@ def refit_up(error: Tensor, lora_down: Tensor | None, rank: int, weighting: Tens
         down = torch.eye(rank, error.shape[1], dtype=torch.float64, device=error.device)
     else:
         down = lora_down.double()
-    weighted = _weigh(down, weighting)
+    weighted = weigh(down, None if weighting is None else weighting.double())
     gram = weighted @ down.T
     # Components differ in size by orders of magnitude; what the pseudo-inverse cuts off must not depend on it.
     sizes = gram.diagonal().clamp(min=0).sqrt()
@@ -150,9 +151,3 @@ def _equal_sizes(lora_up: Tensor, lora_down: Tensor) -> tuple[Tensor, Tensor]:
     is_usable = sizes.isfinite() & (sizes > 0)
     factor = torch.where(is_usable, sizes, 1.0).log2().div(2).round().exp2()
     return up * factor, down / factor[:, None]
-
-
-def _weigh(rows: Tensor, weighting: Tensor | None) -> Tensor:
-    if weighting is None:
-        return rows
-    return rows * weighting.double() if weighting.dim() == 1 else rows @ weighting.double()

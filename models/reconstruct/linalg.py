@@ -16,6 +16,8 @@ after the correction lies in its small directions.
 import torch
 from torch import Tensor
 
+from ..quant.weighting import weigh
+
 _EXACT_SIZE = 1024
 _OVERSAMPLING = 16
 _MAX_BLOCKS = 8
@@ -65,13 +67,6 @@ def component_losses(lora_down: Tensor, weighting: Tensor | None) -> Tensor:
     lora_down = lora_down.double()
     weighting = None if weighting is None else weighting.double()
     return (weigh(lora_down, weighting) * lora_down).sum(1)
-
-
-def weigh(rows: Tensor, weighting: Tensor | None) -> Tensor:
-    """``rows @ R`` for ``rows`` (n, in_features) and any of the three forms of R."""
-    if weighting is None:
-        return rows
-    return rows * weighting if weighting.dim() == 1 else rows @ weighting
 
 
 def _loss_directions(error: Tensor, weighting: Tensor | None, rank: int) -> Tensor:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ..quant.grid import dense_factors, dequantize
+from ..quant.weighting import weigh
 from ..transform.inputs import InputTransform
 from ..types import InputStatistics, LinearWeights
-from .linalg import weigh
 
 _ROWS_AT_ONCE = 1024
 

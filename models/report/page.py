@@ -1,7 +1,6 @@
 """The page of a comparison: one HTML file that needs nothing else, with plotly.js and all data in it."""
 
 import json
-import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from ..errors import QerveError
+from ..plain import finite
 from .figures import figures
 from .labels import recipe_label
 from .result import Comparison
@@ -78,7 +78,7 @@ def page_data(comparison: Comparison) -> dict[str, Any]:
     """The table's numbers for programs that read the page: by row, by column; None: not measured."""
     found = columns(comparison)
     return {
-        row.name: {column.name: _plain(column.values[index]) for column in found}
+        row.name: {column.name: finite(column.values[index]) for column in found}
         for index, row in enumerate(comparison.results)
     }
 
@@ -105,7 +105,7 @@ def _rows(comparison: Comparison, found: list[Column]) -> list[Row]:
     rows = []
     for index, result in enumerate(comparison.results):
         kinds = {"dense": result.is_dense, "front": result.name in front, "failed": result.error is not None}
-        values = [_plain(column.values[index]) for column in found]
+        values = [finite(column.values[index]) for column in found]
         cells = tuple(
             Cell("" if value is None else str(value), shown[index], column.is_number)
             for column, value, shown in zip(found, values, texts, strict=True)
@@ -115,7 +115,3 @@ def _rows(comparison: Comparison, found: list[Column]) -> list[Row]:
             Row(result.name, " ".join(kind for kind, holds in kinds.items() if holds), label, result.error, cells)
         )
     return rows
-
-
-def _plain(value: float | str | None) -> float | str | None:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,6 @@
 """The build pipeline on a tiny checkpoint, against transformers and the textbook formulas."""
 
 import gc
-import hashlib
 import json
 import weakref
 from dataclasses import replace
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from models.artifact.load import load_artifact
 from models.artifact.reader import ArtifactReader
@@ -29,6 +27,7 @@ from models.llama.checkpoint import open_checkpoint
 from models.quant.grid import dequantize
 from models.reconstruct.loss import effective_weight
 from models.scheme import ActivationScheme, QuantScheme
+from tests.support.builds import dense_model, digests, inputs_of
 from tests.support.tiny_checkpoints import VOCAB_SIZE, random_tensors, tiny_config, write_checkpoint
 
 LENGTH, NUM_SEQUENCES, NUM_HOLDOUT = 24, 6, 2
@@ -68,23 +67,9 @@ def build_config(token_file, method="qera-exact", rank=8, inputs="quantized", nu
     )
 
 
-def hf_model(checkpoint_dir):
-    return AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.float32).eval()
-
-
 def sequences(token_file):
     tokens = torch.tensor(json.loads(token_file.read_text(encoding="utf-8"))).view(-1, LENGTH)
     return tokens[:NUM_SEQUENCES], tokens[NUM_SEQUENCES:]
-
-
-@torch.no_grad()
-def inputs_of(model, path, tokens):
-    """(num_tokens, in_features) float64: what transformers feeds to the linear layer at ``path``."""
-    seen = []
-    handle = model.get_submodule(path).register_forward_pre_hook(lambda _m, args: seen.append(args[0].double()))
-    model(tokens)
-    handle.remove()
-    return seen[0].flatten(0, 1)
 
 
 def textbook_correction(error, inputs, rank):
@@ -96,14 +81,10 @@ def textbook_correction(error, inputs, rank):
     return torch.from_numpy((np.linalg.solve(root, u[:, :rank]) * sigma[:rank]) @ vt[:rank]).T
 
 
-def digests(directory):
-    return {entry.name: hashlib.sha256(entry.read_bytes()).hexdigest() for entry in directory.iterdir()}
-
-
 @pytest.mark.parametrize("path", ["model.layers.0.self_attn.k_proj", "model.layers.0.mlp.down_proj"])
 def test_the_first_layer_is_corrected_as_the_theorem_says(checkpoint_dir, token_file, tmp_path, path):
     build_artifact(open_checkpoint(str(checkpoint_dir)), tmp_path / "a", build_config(token_file))
-    model = hf_model(checkpoint_dir)
+    model = dense_model(checkpoint_dir)
     with ArtifactReader.open(tmp_path / "a") as reader:
         weights = reader.linear(path)
     error = model.get_submodule(path).weight.detach().double() - dequantize(weights.quantized).double()
@@ -115,7 +96,7 @@ def test_the_first_layer_is_corrected_as_the_theorem_says(checkpoint_dir, token_
 @pytest.mark.parametrize("inputs", ["quantized", "dense"])
 def test_later_layers_see_the_inputs_that_were_asked_for(checkpoint_dir, token_file, tmp_path, inputs):
     build_artifact(open_checkpoint(str(checkpoint_dir)), tmp_path / "a", build_config(token_file, inputs=inputs))
-    dense, model = hf_model(checkpoint_dir), hf_model(checkpoint_dir)
+    dense, model = dense_model(checkpoint_dir), dense_model(checkpoint_dir)
     path = "model.layers.2.mlp.up_proj"
     with ArtifactReader.open(tmp_path / "a") as reader:
         for name in reader.config.linear_shapes():
@@ -134,7 +115,7 @@ def test_recorded_perplexities_are_those_of_transformers_and_of_the_loaded_artif
     report = build_artifact(open_checkpoint(str(checkpoint_dir)), tmp_path / "a", build_config(token_file))
     holdout = sequences(token_file)[1]
     with torch.no_grad():
-        logits = hf_model(checkpoint_dir)(holdout).logits[:, :-1].flatten(0, 1)
+        logits = dense_model(checkpoint_dir)(holdout).logits[:, :-1].flatten(0, 1)
     dense = torch.nn.functional.cross_entropy(logits, holdout[:, 1:].flatten()).exp().item()
     loaded = load_artifact(tmp_path / "a", dtype=torch.float32, backend="reference")
     quantized = summarize([score_window(loaded.model, row, LENGTH - 1) for row in holdout])

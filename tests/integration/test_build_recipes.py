@@ -1,13 +1,11 @@
 """Builds with everything that goes beyond plain codes and a correction: transforms, objectives, orders, budgets."""
 
-import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from models.artifact.load import load_artifact
 from models.artifact.reader import ArtifactReader
@@ -28,6 +26,7 @@ from models.quant.activation import quantize_activations
 from models.reconstruct import RECONSTRUCTORS
 from models.reconstruct.loss import effective_weight
 from models.scheme import ActivationScheme, QuantScheme
+from tests.support.builds import dense_model, digests, inputs_of
 from tests.support.tiny_checkpoints import VOCAB_SIZE, random_tensors, tiny_config, write_checkpoint
 
 LENGTH, NUM_SEQUENCES, NUM_HOLDOUT = 24, 12, 2
@@ -72,23 +71,6 @@ def calibration_tokens(config):
     return torch.tensor(tokens).view(-1, LENGTH)[:NUM_SEQUENCES]
 
 
-@torch.no_grad()
-def inputs_of(model, path, tokens):
-    seen = []
-    handle = model.get_submodule(path).register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-    model(tokens)
-    handle.remove()
-    return seen[0].flatten(0, 1)
-
-
-def hf_model(checkpoint_dir):
-    return AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.float32).eval()
-
-
-def digests(directory):
-    return {entry.name: hashlib.sha256(entry.read_bytes()).hexdigest() for entry in directory.iterdir()}
-
-
 TRANSFORMS = {
     "online": TransformConfig(rotation="online"),
     "online blocks": TransformConfig(rotation="online", rotation_block=16),
@@ -108,7 +90,7 @@ def test_transformed_network_computes_what_the_dense_one_does(build, checkpoint_
     tokens = calibration_tokens(config)[:2]
     loaded = load_artifact(tmp_path / "a", dtype=torch.float32, backend="reference")
     with torch.no_grad():
-        expected = hf_model(checkpoint_dir)(tokens).logits.flatten(0, 1)
+        expected = dense_model(checkpoint_dir)(tokens).logits.flatten(0, 1)
         ours = loaded.model.logits(loaded.model(Batch.uncached(tokens, loaded.model.device)))
     assert float((ours - expected).norm() / expected.norm()) < 0.02
 
@@ -117,7 +99,7 @@ def test_codes_belong_to_the_rotated_weight(build, checkpoint_dir, base, tmp_pat
     """Undoing the rotation of the stored weight gives the dense one back, up to what 8 bits cost."""
     config = replace(base, scheme=QuantScheme(8, 32), transform=TransformConfig(rotation="online", rotation_block=32))
     build(config)
-    dense = hf_model(checkpoint_dir)
+    dense = dense_model(checkpoint_dir)
     with ArtifactReader.open(tmp_path / "a") as reader:
         for path in reader.config.linear_shapes():
             weights = reader.linear(path)
@@ -142,7 +124,7 @@ def test_aiming_at_outputs_loses_less_of_them(build, checkpoint_dir, base, tmp_p
     aimed = replace(plain, objective="output")
     if change == "refit":
         aimed = replace(plain, reconstruct=replace(correction, refit=True))
-    dense = hf_model(checkpoint_dir)
+    dense = dense_model(checkpoint_dir)
     inputs = inputs_of(dense, path, calibration_tokens(base))
     losses = []
     for name, config in (("plain", plain), ("aimed", aimed)):
@@ -155,7 +137,7 @@ def test_aiming_at_outputs_loses_less_of_them(build, checkpoint_dir, base, tmp_p
 
 def test_sequential_inputs_come_from_the_quantized_part_of_the_same_layer(build, checkpoint_dir, base, tmp_path):
     build(replace(base, calibration=replace(base.calibration, inputs="sequential"), scheme=QuantScheme(3, 32)))
-    model, path = hf_model(checkpoint_dir), "model.layers.0.self_attn.o_proj"
+    model, path = dense_model(checkpoint_dir), "model.layers.0.self_attn.o_proj"
     dense = model.get_submodule(path).weight.detach().double()
     with ArtifactReader.open(tmp_path / "a") as reader:
         for name in ("q_proj", "k_proj", "v_proj"):

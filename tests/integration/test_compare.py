@@ -1,7 +1,6 @@
 """``qerve compare`` on a tiny checkpoint: what is measured, what is taken over, what fails, what is written."""
 
 import csv
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -19,6 +18,7 @@ from models.errors import QerveError, SchemeError
 from models.evaluate.load import load_for_evaluation
 from models.evaluate.perplexity import perplexity
 from models.llama.checkpoint import open_checkpoint
+from tests.support.builds import digests
 from tests.support.tiny_checkpoints import CORPUS, tiny_config, write_checkpoint
 
 WINDOW = 24
@@ -88,10 +88,6 @@ def run(files, out, stop_at=None, **changes):
 
 def scores(comparison):
     return {row.name: (row.texts, row.tasks, row.effective_bits, row.layers, row.spectra) for row in comparison.results}
-
-
-def digests(directory):
-    return {entry.name: hashlib.sha256(entry.read_bytes()).hexdigest() for entry in directory.iterdir()}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from models.calibration.gradients import num_skipped
 from models.errors import CalibrationError
 from models.llama.checkpoint import open_checkpoint
 from models.types import Statistic
+from tests.support.builds import inputs_of
 from tests.support.tiny_checkpoints import VOCAB_SIZE, random_tensors, tiny_config, write_checkpoint
 
 BOTH = frozenset({Statistic.FISHER, Statistic.OUTPUT_GRADIENT})
@@ -68,18 +69,6 @@ def output_gradients(model, path, tokens):
         gradients.append(torch.autograd.grad(loss, outputs.pop())[0][0].double())
     handle.remove()
     return torch.cat(gradients)
-
-
-@torch.no_grad()
-def inputs_of(model, path, tokens):
-    """(num_sequences * length, in_features) float64."""
-    seen = []
-    handle = model.get_submodule(path).register_forward_pre_hook(
-        lambda _module, inputs: seen.append(inputs[0].double())
-    )
-    model(tokens)
-    handle.remove()
-    return seen[0].flatten(0, 1)
 
 
 def root_means_by_double_loop(gradients):

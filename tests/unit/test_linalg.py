@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.quant.weighting import weigh
 from models.reconstruct import linalg
-from models.reconstruct.linalg import component_losses, weigh, weighted_low_rank
+from models.reconstruct.linalg import component_losses, weighted_low_rank
 
 
 def inputs(num_tokens: int, num_channels: int, decades: float = 2.0) -> Tensor:
