@@ -149,7 +149,7 @@ def test_an_unexpected_exception_is_a_500_logged_once_with_the_request_id(server
     logged = [record for record in caplog.records if record.exc_info]
     assert len(logged) == 1
     assert "find-me" in logged[0].getMessage()
-    assert server.metric("qerve_http_requests_total", path="/v1/completions", status="500") == 1
+    wait_until(lambda: server.metric("qerve_http_requests_total", path="/v1/completions", status="500") == 1)
 
 
 def test_when_told_to_stop_accepted_requests_finish_and_new_ones_get_503(server):
