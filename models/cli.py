@@ -30,6 +30,7 @@ def make_cli() -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",  # rich markup would take "[default: 4]" for a style and drop it
     )
     cli.callback()(lambda: None)
     verbs: tuple[tuple[str, Callable[..., None], str], ...] = (

@@ -25,16 +25,18 @@ class BuildOption:
 
 
 WEIGHTS, ACTIVATIONS, CORRECTION = "Weights", "Activations", "Correction"
-TRANSFORM, BUDGET, CALIBRATION = "Transforms", "Budget", "Calibration"
+TRANSFORM, BUDGET, CALIBRATION, TRAINING = "Transforms", "Budget", "Calibration", "Training"
 _PANELS = {
     "scheme": WEIGHTS,
     "quantizer": WEIGHTS,
     "": WEIGHTS,
     "activations": ACTIVATIONS,
+    "attention": ACTIVATIONS,
     "reconstruct": CORRECTION,
     "transform": TRANSFORM,
     "budget": BUDGET,
     "calibration": CALIBRATION,
+    "training": TRAINING,
 }
 BUILD_OPTIONS = (
     BuildOption("num_bits", "scheme", "num_bits", int, "Bits per code, 2 to 8. [default: 4]"),
@@ -51,6 +53,12 @@ BUILD_OPTIONS = (
     BuildOption("act_group_size", "activations", "group_size", int, "Channels per scale, or -1 per token."),
     BuildOption("act_symmetric", "activations", "is_symmetric", bool, "", ("--act-symmetric/--act-asymmetric",)),
     BuildOption("act_format", "activations", "format", str, "int, mxint, mxfp4. [default: int]"),
+    BuildOption("act_clip_ratio", "activations", "clip_ratio", float, "Share of the range to span. [default: 1]"),
+    BuildOption("attention_bits", "attention", "num_bits", int, "Bits of queries, keys, values. [default: 16-bit]"),
+    BuildOption("attention_group_size", "attention", "group_size", int, "Channels per scale, or -1 per token."),
+    BuildOption(
+        "attention_symmetric", "attention", "is_symmetric", bool, "", ("--attention-symmetric/--attention-asymmetric",)
+    ),
     BuildOption("method", "reconstruct", "method", str, "Reconstruction method. [default: qera-exact]"),
     BuildOption("rank", "reconstruct", "rank", int, "Rank of the correction. [default: 32]"),
     BuildOption(
@@ -69,11 +77,20 @@ BUILD_OPTIONS = (
     ),
     BuildOption("num_sequences", "calibration", "num_sequences", int, "Calibration sequences. [default: 128]"),
     BuildOption("sequence_length", "calibration", "sequence_length", int, "Tokens per sequence. [default: 2048]"),
+    BuildOption("batch_size", "calibration", "batch_size", int, "Sequences at once. [default: 2]"),
     BuildOption("num_holdout", "calibration", "num_holdout", int, "Sequences kept for perplexity. [default: 4]"),
     BuildOption(
         "calibration_inputs", "calibration", "inputs", str, "quantized, sequential, dense. [default: quantized]"
     ),
     BuildOption("seed", "calibration", "seed", int, "Seed of the self-written text. [default: 0]"),
+    BuildOption("num_epochs", "training", "num_epochs", int, "qer: passes over the calibration set. [default: 1]"),
+    BuildOption("num_blocks", "training", "num_blocks", int, "qer: decoder layers trained together. [default: 1]"),
+    BuildOption("learning_rate", "training", "learning_rate", float, "qer: of the factors. [default: the merge's]"),
+    BuildOption("scale_learning_rate", "training", "scale_learning_rate", float, "qer: of the scales. [default: 5e-4]"),
+    BuildOption("precision", "training", "precision", str, "qer: float32, bfloat16. [default: float32]"),
+    BuildOption(
+        "end_to_end_epochs", "training", "end_to_end_epochs", int, "qer: passes that train all scales. [default: 0]"
+    ),
 )
 
 

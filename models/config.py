@@ -2,20 +2,19 @@
 
 import dataclasses
 import json
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias, TypeVar
+from typing import Any, Literal, Self, TypeAlias
 
 import tomli_w
-from pydantic import TypeAdapter, ValidationError, with_config
+from pydantic import with_config
 
 from .errors import SchemeError
+from .plain import from_plain, read_plain
 from .scheme import STRICT, ActivationScheme, QuantScheme
 
 FactorDtype = Literal["bfloat16", "float16", "float32", "int8", "int4", "mxint8", "mxint6", "mxint4"]
 Option: TypeAlias = bool | int | float | str
-_T = TypeVar("_T")
 
 
 @with_config(STRICT)
@@ -160,10 +159,59 @@ class BudgetConfig:
 
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
+class TrainingConfig:
+    """How a method that trains (``qer``) goes through the calibration set; others take no notice.
+
+    num_epochs:          times that every decoder layer sees the calibration set; a step takes one batch
+    num_blocks:          consecutive decoder layers that are trained together
+    learning_rate:       of the factors: of integer ones in units of one; 0: what suits the merge
+    scale_learning_rate: of the logarithms of the scales
+    clip_learning_rate:  of the clip ratios of quantized activations
+    rounding_penalty:    weight of the error that rounding the factors makes, reached at the end of the training
+    overflow_penalty:    weight of what the clamp of the merge cuts off
+    num_checks:          times that the loss is measured on the same batches; the best state so far is kept, the start
+        included
+    num_check_batches:   batches that it is measured on
+    precision:           of matrix products with activations; the integers are exact in either
+    use_checkpointing:   recompute activations on the way back instead of keeping them
+    end_to_end_epochs:   passes over the calibration set in which the scales of the whole quantized network learn to
+        reproduce the dense network's logits, after the layers; 0: none
+    end_to_end_learning_rate: of the logarithms of the scales there
+    """
+
+    num_epochs: int = 1
+    num_blocks: int = 1
+    learning_rate: float = 0.0
+    scale_learning_rate: float = 5e-4
+    clip_learning_rate: float = 5e-3
+    rounding_penalty: float = 0.1
+    overflow_penalty: float = 0.1
+    num_checks: int = 4
+    num_check_batches: int = 8
+    precision: Literal["float32", "bfloat16"] = "float32"
+    use_checkpointing: bool = False
+    end_to_end_epochs: int = 0
+    end_to_end_learning_rate: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name in ("num_epochs", "num_blocks", "num_checks", "num_check_batches"):
+            if getattr(self, name) < 1:
+                raise SchemeError(f"training {name} is {getattr(self, name)}; choose 1 or more")
+        rates = [name for name in self.__slots__ if name.endswith(("_rate", "_penalty", "_epochs"))]
+        for name in rates:
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise SchemeError(f"training {name} is {getattr(self, name)}; choose 0 or more")
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
 class BuildConfig:
     """Everything that decides the bytes of an artifact, apart from the checkpoint itself.
 
     activations: how the inputs of linear layers are quantized while serving; None: not at all
+    attention:   how queries, keys (both after rotary positions) and values are quantized before the attention products,
+        each token on its own; None: not at all. Softmax probabilities stay as they are. Groups of head_dim channels
+        leave each head a grid of its own: QLLM's setting (arXiv 2310.08041); -1: one for all heads of a token
     objective:   what the codes stand in for. ``weight``: the dense weight. ``output``: the weight which, from the
         inputs of the quantized network, comes closest to what the dense network's layer puts out (GPTAQ's objective,
         arXiv 2504.02692)
@@ -173,6 +221,7 @@ class BuildConfig:
 
     scheme: QuantScheme = field(default_factory=QuantScheme)
     activations: ActivationScheme | None = None
+    attention: ActivationScheme | None = None
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
     reconstruct: ReconstructConfig = field(default_factory=ReconstructConfig)
     transform: TransformConfig = field(default_factory=TransformConfig)
@@ -180,6 +229,7 @@ class BuildConfig:
     objective: Literal["weight", "output"] = "weight"
     budget: BudgetConfig | None = None
     layers: dict[str, LayerConfig] = field(default_factory=dict)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, for JSON."""
@@ -209,37 +259,6 @@ class BuildConfig:
         is_toml = path.suffix == ".toml"
         text = tomli_w.dumps(_without_none(values)) if is_toml else json.dumps(values, indent=2) + "\n"
         path.write_text(text, encoding="utf-8")
-
-
-def from_plain(cls: type[_T], values: object, where: str) -> _T:
-    """``values`` (of JSON or TOML) as the frozen dataclass ``cls``.
-
-    Raises:
-        SchemeError: an unknown key, a wrong type or a value out of range, with its place in ``where``.
-    """
-    try:
-        # As JSON, because strict validation takes a dict for a dataclass only there.
-        return TypeAdapter(cls).validate_json(json.dumps(values), strict=True)
-    except SchemeError as error:
-        raise SchemeError(f"{where}: {error}") from error
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'top level'}: {e['msg']}" for e in error.errors())
-        raise SchemeError(f"{where}: {problems}") from error
-    except (TypeError, ValueError) as error:
-        raise SchemeError(f"{where}: holds a value that is not plain data: {error}") from error
-
-
-def read_plain(path: Path) -> object:
-    """The content of ``path`` (.toml or .json).
-
-    Raises:
-        SchemeError: it is missing or not well formed.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        return tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (OSError, ValueError) as error:
-        raise SchemeError(f"{path}: cannot be read as a configuration: {error}") from error
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

@@ -114,12 +114,14 @@ ACTIVATION_GROUP_SIZES: dict[ActivationFormat, tuple[int, ...]] = {
 @with_config(STRICT)
 @dataclass(frozen=True, slots=True)
 class ActivationScheme:
-    """Dynamic quantization of the input of a linear layer: the grid is chosen from the values of each token.
+    """Dynamic quantization of the input of a linear layer or of attention: each token chooses its grid by its values.
 
     num_bits:     2..8; always 4 for ``mxfp4``
     group_size:   consecutive channels of a token that share a scale; -1: the whole token
     is_symmetric: the grid is centred on zero; always true unless ``int``
     format, exponent: as in ``QuantScheme``; scales of ``int`` are float32, they are never stored
+    clip_ratio:   of ``int``: the grid spans this share of the range of the token or group, and values outside it take
+        the grid's ends; above 0, 1 is the whole range
     """
 
     num_bits: int = 8
@@ -127,6 +129,7 @@ class ActivationScheme:
     is_symmetric: bool = False
     format: ActivationFormat = "int"
     exponent: ExponentRule = "floor"
+    clip_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         if not 2 <= self.num_bits <= 8:
@@ -139,22 +142,34 @@ class ActivationScheme:
                 f"activation group_size is {self.group_size}; for {self.format} choose one of {sizes}"
                 + (" (-1: one scale per token)" if PER_TOKEN in sizes else "")
             )
+        if not 0 < self.clip_ratio <= 1:
+            raise SchemeError(f"activation clip_ratio is {self.clip_ratio}; choose above 0, up to 1")
         if self.format != "int":
+            if self.clip_ratio != 1:
+                raise SchemeError(
+                    f"activation clip_ratio is {self.clip_ratio}, but a scale of {self.format} is a power of two: "
+                    "leave it out, or choose format int"
+                )
             object.__setattr__(self, "is_symmetric", True)
+
+    def fitting_group_sizes(self, num_channels: int) -> list[int]:
+        """Group sizes of the format that tile ``num_channels``."""
+        sizes = ACTIVATION_GROUP_SIZES[self.format]
+        return [size for size in sizes if size == PER_TOKEN or num_channels % size == 0]
 
     def check(self, in_features: int, where: str) -> None:
         """Raise SchemeError, naming the layer ``where``, when the groups do not tile ``in_features`` channels."""
-        if self.group_size != PER_TOKEN and in_features % self.group_size:
-            sizes = ACTIVATION_GROUP_SIZES[self.format]
-            fitting = [size for size in sizes if size == PER_TOKEN or in_features % size == 0]
+        fitting = self.fitting_group_sizes(in_features)
+        if self.group_size not in fitting:
             raise SchemeError(
                 f"{where}: activation group_size {self.group_size} does not divide its {in_features} input channels; "
                 f"choose one of {fitting}"
             )
 
     def __str__(self) -> str:
-        """As tables name it: ``INT8 asymmetric, per token``."""
+        """As tables name it: ``INT8 asymmetric, per token``, ``INT4 symmetric, group 64, clip ratio 0.9``."""
         group = "per token" if self.group_size == PER_TOKEN else f"group {self.group_size}"
         symmetry = "" if self.format != "int" else " symmetric" if self.is_symmetric else " asymmetric"
         width = "" if self.format == "mxfp4" else str(self.num_bits)
-        return f"{self.format.upper()}{width}{symmetry}, {group}"
+        clip = "" if self.clip_ratio == 1 else f", clip ratio {self.clip_ratio:g}"
+        return f"{self.format.upper()}{width}{symmetry}, {group}{clip}"

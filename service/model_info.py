@@ -66,6 +66,7 @@ class ModelInfo:
                 "method": build.reconstruct.method,
                 "quantizer": describe_quantizer(build.quantizer),
                 "activations": None if build.activations is None else describe_scheme(build.activations),
+                "attention": None if build.attention is None else describe_scheme(build.attention),
                 "transform": describe_transform(build.transform),
                 "objective": build.objective,
                 "budget": None if build.budget is None else describe_budget(build.budget),

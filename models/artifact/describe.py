@@ -10,6 +10,7 @@ def describe_build(build: BuildConfig) -> dict[str, str]:
     parts = {
         "weights": f"{describe_scheme(build.scheme)}, {describe_quantizer(build.quantizer)}",
         "activations": None if build.activations is None else describe_scheme(build.activations),
+        "attention inputs": None if build.attention is None else describe_scheme(build.attention),
         "transform": describe_transform(build.transform),
         "objective": None if build.objective == "weight" else build.objective,
         "correction": describe_correction(build.reconstruct),

@@ -151,15 +151,17 @@ def _read_bounded(file: Path, num_bytes: int) -> bytes:
 
 
 def network_config(hf_config: dict[str, Any], root: Path, manifest: Manifest) -> LlamaConfig:
-    """The network that ``config.json`` describes, with as many layers as there are shards for.
+    """The network that ``config.json`` describes, run as the manifest says, with as many layers as shards.
 
     Raises:
-        ArtifactError: not a supported network, or the shards are not those of its layers.
+        ArtifactError: not a supported network, attention that cannot be, or shards that are not those of its layers.
     """
     try:
-        config = LlamaConfig.from_hf(hf_config, str(root / CONFIG_FILE))
+        config = LlamaConfig.from_hf(hf_config, str(root / CONFIG_FILE)).with_attention(manifest.build.attention)
     except CheckpointError as error:
         raise ArtifactError(f"{error}; rebuild the artifact") from error
+    except SchemeError as error:
+        raise damaged(root / MANIFEST_FILE, f"'build': {error}") from None
     shards = manifest.shards
     if len(shards) != config.num_hidden_layers + 1:
         raise damaged(root / CONFIG_FILE, f"{config.num_hidden_layers} decoder layers, but {len(shards)} shards")

@@ -8,6 +8,7 @@ from ..llama.config import LinearShape, LlamaConfig
 from ..quant.factors import FACTOR_SCHEMES, FLOAT_FACTORS
 from ..reconstruct import get_reconstructor
 from ..reconstruct.none import NoReconstruction
+from ..reconstruct.qer import Qer
 from ..reconstruct.serq import Serq
 from ..scheme import QuantScheme
 
@@ -66,7 +67,7 @@ def layer_choices(config: BuildConfig, path: str, shape: LinearShape) -> list[Ch
     has_single_factor = isinstance(get_reconstructor(config.reconstruct), Serq)
     widths = _fixed(own.num_bits, scheme.num_bits) if budget is None else _widths(budget, own, scheme)
     ranks = _fixed(own.rank, config.reconstruct.rank) if budget is None else _ranks(config, budget, own, path, shape)
-    if isinstance(get_reconstructor(config.reconstruct), NoReconstruction):
+    if isinstance(get_reconstructor(config.reconstruct), NoReconstruction | Qer):
         ranks = [0]
     choices = []
     for width in widths:

@@ -1,6 +1,6 @@
-"""One decoder layer of a build: statistics, linear layer after linear layer, write."""
+"""Decoder layers of a build: statistics, linear layer after linear layer, training, write."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,13 +15,19 @@ from ..config import BuildConfig
 from ..errors import QerveError
 from ..kernels import get_backends
 from ..layers.linear import DenseLinear, LowRankLinear
-from ..llama.checkpoint import Checkpoint, DenseWeights
+from ..llama.checkpoint import DenseWeights
 from ..llama.model import DecoderLayer
+from ..reconstruct.loss import LayerErrors, layer_errors
+from ..reconstruct.qer import Qer
+from ..train.initial import BuiltLinear
+from ..train.loop import TrainingResult
 from ..types import InputStatistics, LinearWeights
 from .gradients import with_gradients
 from .linear import LinearBuilder
 from .recipe import LayerRecipe, collected_statistics, input_transforms
-from .stream import CalibrationStreams
+from .stream import CalibrationStreams, HiddenStream
+from .training import BuiltLayer, train_layers, training_method
+from .weights import LayerWeights, stored_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +44,6 @@ class Foreknowledge:
     store: StatisticsStore | None = None
 
 
-class LayerWeights:
-    """A decoder layer's parameters: the modules of its linear layers as they are, norms from the checkpoint."""
-
-    def __init__(self, dense: DenseWeights, linears: Mapping[str, nn.Module]) -> None:
-        self._dense = dense
-        self._linears = linears
-
-    def tensor(self, name: str) -> Tensor:
-        """A norm's gain."""
-        return self._dense.tensor(name)
-
-    def linear(self, path: str) -> nn.Module:
-        """The layer at module ``path``."""
-        return self._linears[path]
-
-
 class LayerBuilder:
     """Builds decoder layers one after the other, or takes over those that an interrupted build finished."""
 
@@ -65,47 +55,108 @@ class LayerBuilder:
         self._writer = writer
         self._known = known or Foreknowledge()
         self._network = dense.checkpoint.config
+        self._served = self._network.with_attention(config.attention)
         self._requires = collected_statistics(config)
+        self._trained = training_method(config)
 
-    def step(self, index: int, streams: CalibrationStreams, *, is_finished: bool) -> None:
-        """Take decoder layer ``index`` from the checkpoint to the disk, and ``streams`` through it.
+    def step(self, indices: Sequence[int], streams: CalibrationStreams, *, is_finished: bool) -> TrainingResult | None:
+        """Take consecutive decoder layers from the checkpoint to the disk, and ``streams`` through them.
 
-        Both forms of the layer are released on return: the next one starts from nothing.
+        Both forms of the layers are released on return: the next ones start from nothing.
+
+        Returns:
+            What training them came to; None without.
         """
-        dense = DecoderLayer(self._network, index, self._dense)
+        dense = [DecoderLayer(self._network, index, self._dense) for index in indices]
         if is_finished:
-            modules = {path: self._module(path, it) for path, it in self._writer.read_layer(index).items()}
-            quantized = self._layer(index, modules)
+            for layer in dense:
+                streams.advance_target(layer)
+            quantized, result = [self._layer(index, self._finished(index)) for index in indices], None
         else:
-            quantized = self._build(index, dense, streams)
-        streams.advance(dense, quantized)
+            quantized, result = self._build(indices, dense, streams)
+        for of_dense, of_quantized in zip(dense, quantized, strict=True):
+            streams.advance(of_dense, of_quantized)
+        return result
 
-    def _build(self, index: int, dense: DecoderLayer, streams: CalibrationStreams) -> DecoderLayer:
+    def _build(
+        self, indices: Sequence[int], dense: Sequence[DecoderLayer], streams: CalibrationStreams
+    ) -> tuple[list[DecoderLayer], TrainingResult | None]:
+        """Quantize the layers one after the other, train them together where the method trains, write them."""
+        inputs = streams.statistics if len(indices) == 1 else streams.statistics.copy()
+        layers = []
+        for index, layer in zip(indices, dense, strict=True):
+            built = self._quantized(index, layer, inputs, streams.target)
+            streams.advance_target(layer)
+            if index != indices[-1]:
+                inputs.advance(self._layer(index, self._modules(built)))
+            layers.append(built)
+        result = None
+        if self._trained is not None and streams.target is not None:
+            layers, result = self._train(self._trained, layers, streams.statistics, streams.target)
+        for built in layers:
+            self._write(built)
+        return [self._layer(built.index, self._modules(built)) for built in layers], result
+
+    def _quantized(
+        self, index: int, dense: DecoderLayer, inputs: HiddenStream, target: HiddenStream | None
+    ) -> BuiltLayer:
         prefix = f"model.layers.{index}"
         modules: dict[str, nn.Module] = {
             f"{prefix}.{child}": dense.get_submodule(child) for group in INPUT_OWNERS.values() for child in group
         }
-        linears: dict[str, LinearWeights] = {}
-        records: dict[str, LinearRecord] = {}
-        for statistics in self._statistics(index, dense, modules, streams):
+        built = BuiltLayer(index)
+        for statistics in self._statistics(index, dense, modules, inputs, target):
             for owner, children in INPUT_OWNERS.items():
                 builder = LinearBuilder(self._config)
                 for child in children if children[0] in statistics else ():
                     path = f"{prefix}.{child}"
                     known = self._with_known(path, f"{prefix}.{owner}", statistics[child])
-                    linears[path], records[path] = self._build_linear(path, modules[path], known, builder)
-                    modules[path] = self._module(path, linears[path])
-        ordered = self._network.layer_linear_shapes(index)
+                    linear, errors = self._build_linear(path, modules[path], known, builder)
+                    built.weights[path], built.errors[path] = linear.weights, errors
+                    if self._trained is not None:
+                        built.sources[path] = linear
+                    modules[path] = self._module(path, linear.weights)
+        return built
+
+    def _train(
+        self, method: Qer, layers: list[BuiltLayer], inputs: HiddenStream, targets: HiddenStream
+    ) -> tuple[list[BuiltLayer], TrainingResult]:
+        network, dense = self._served, self._dense
+        merged, result = train_layers(self._config, method, layers, inputs, targets, network=network, dense=dense)
+        trained = []
+        for built, weights in zip(layers, merged, strict=True):
+            sources = built.sources
+            errors = {path: layer_errors(it.weight, weights[path], it.statistics) for path, it in sources.items()}
+            trained.append(BuiltLayer(built.index, weights, errors))
+        return trained, result
+
+    def _write(self, built: BuiltLayer) -> None:
+        index, prefix = built.index, f"model.layers.{built.index}."
+        linears = {path: built.weights[path] for path in self._network.layer_linear_shapes(index)}
         norms = {
             name: stored_tensor(self._dense.checkpoint, name)
             for name in self._network.unquantized_shapes()
-            if name.startswith(f"{prefix}.")
+            if name.startswith(prefix)
         }
-        self._writer.write_layer(index, {path: linears[path] for path in ordered}, norms, records)
-        return self._layer(index, modules)
+        records = {
+            path: LinearRecord.of(linears[path], errors.weight_after, errors.output_after)
+            for path, errors in built.errors.items()
+        }
+        self._writer.write_layer(index, linears, norms, records)
+
+    def _modules(self, built: BuiltLayer) -> dict[str, nn.Module]:
+        return {path: self._module(path, weights) for path, weights in built.weights.items()}
+
+    def _finished(self, index: int) -> dict[str, nn.Module]:
+        return {path: self._module(path, weights) for path, weights in self._writer.read_layer(index).items()}
 
     def _statistics(
-        self, index: int, dense: DecoderLayer, modules: Mapping[str, nn.Module], streams: CalibrationStreams
+        self,
+        index: int,
+        dense: DecoderLayer,
+        modules: Mapping[str, nn.Module],
+        inputs: HiddenStream,
+        target_stream: HiddenStream | None,
     ) -> Iterator[dict[str, InputStatistics]]:
         """Statistics by child path: of all linear layers at once, or owner by owner with those before quantized."""
         prefix = f"model.layers.{index}"
@@ -113,13 +164,13 @@ class LayerBuilder:
         if store is not None and (stored := store.load(index, self._requires, self._dense.device)) is not None:
             yield stored
             return
-        runs = streams.statistics.runs
+        runs = inputs.runs
         if not runs:
             yield {child: InputStatistics(0) for children in INPUT_OWNERS.values() for child in children}
             return
         transforms = input_transforms(self._config, index, self._network)
         measurement = Measurement(self._requires, transforms, self._config.activations)
-        target = None if streams.target is None else Target(dense, streams.target.runs)
+        target = None if target_stream is None else Target(dense, target_stream.runs)
         if self._config.calibration.inputs == "sequential":
             for owner in INPUT_OWNERS:
                 layer = self._layer(index, modules)
@@ -137,15 +188,15 @@ class LayerBuilder:
 
     def _build_linear(
         self, path: str, layer: nn.Module, statistics: InputStatistics, builder: LinearBuilder
-    ) -> tuple[LinearWeights, LinearRecord]:
+    ) -> tuple[BuiltLinear, LayerErrors]:
         assert isinstance(layer, DenseLinear)  # noqa: S101 - DenseWeights makes no other kind
         recipe = LayerRecipe.of(self._config, path, layer.in_features)
         try:
-            weights, errors = builder.build(layer.weight.data, statistics, recipe)
+            built, errors = builder.build(layer.weight.data, statistics, recipe)
         except QerveError as error:
             raise type(error)(f"{path}: {error}") from error
-        weights = replace(weights, bias=None if layer.bias is None else layer.bias.data)
-        return weights, LinearRecord.of(weights, errors.weight_after, errors.output_after)
+        weights = replace(built.weights, bias=None if layer.bias is None else layer.bias.data)
+        return replace(built, weights=weights), errors
 
     def _module(self, path: str, weights: LinearWeights) -> nn.Module:
         """``weights`` run by the reference backend in float32."""
@@ -153,10 +204,4 @@ class LayerBuilder:
         return LowRankLinear.of(weights, get_backends("reference"), device=device, dtype=torch.float32, where=path)
 
     def _layer(self, index: int, modules: Mapping[str, nn.Module]) -> DecoderLayer:
-        return DecoderLayer(self._network, index, LayerWeights(self._dense, modules))
-
-
-def stored_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """An unquantized tensor as the artifact keeps it: matrices at 16 bits, vectors as they are."""
-    is_matrix = len(checkpoint.config.unquantized_shapes()[name]) > 1
-    return checkpoint.tensor(name, narrow=is_matrix)
+        return DecoderLayer(self._served, index, LayerWeights(self._dense, modules))

@@ -9,8 +9,9 @@ from ..reconstruct.base import permute_statistics
 from ..reconstruct.loss import LayerErrors, layer_errors
 from ..reconstruct.regression import output_target, refit
 from ..scheme import QuantScheme
+from ..train.initial import BuiltLinear
 from ..transform.inputs import InputTransform
-from ..types import InputStatistics, LinearWeights, QuantizeFn
+from ..types import InputStatistics, QuantizeFn
 from .recipe import LayerRecipe
 
 
@@ -23,7 +24,7 @@ class LinearBuilder:
 
     def build(
         self, weight: Tensor, statistics: InputStatistics, recipe: LayerRecipe
-    ) -> tuple[LinearWeights, LayerErrors]:
+    ) -> tuple[BuiltLinear, LayerErrors]:
         """Quantize and correct ``weight`` (out_features, in_features) float32.
 
         Args:
@@ -50,7 +51,7 @@ class LinearBuilder:
         errors = layer_errors(wanted, weights, inputs)
         activations = self._config.activations
         weights = replace(weights, channel_order=order, rotation_block=recipe.rotation_block, activations=activations)
-        return weights, errors
+        return BuiltLinear(wanted, weights, inputs, quantize), errors
 
     def _quantize_fn(self, recipe: LayerRecipe, statistics: InputStatistics) -> QuantizeFn:
         if recipe.scheme not in self._bound:

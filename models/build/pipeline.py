@@ -25,12 +25,14 @@ from ..report.layers import artifact_report
 from .calibrate import calibration_tokens
 from .footprint import memory_bound_bytes
 from .holdout import holdout_evaluation
-from .layer import LayerBuilder, stored_tensor
+from .layer import LayerBuilder
 from .observer import BuildObserver, SilentObserver
 from .plan import check_build
 from .prepare import Prepared, prepare
 from .recipe import has_target_stream
 from .stream import CalibrationStreams
+from .training import num_blocks_together
+from .weights import stored_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +136,13 @@ def _build_layers(
     builder = LayerBuilder(config, dense, writer, prepared.known)
     num_resumed, num_layers = writer.finished_layers(), checkpoint.config.num_hidden_layers
     observer.phase("quantizing layers", num_layers)
-    for index in range(num_layers):
-        builder.step(index, streams, is_finished=index < num_resumed)
+    size = num_blocks_together(config)
+    for start in range(0, num_layers, size):
+        indices = range(start, min(start + size, num_layers))
+        trained = builder.step(indices, streams, is_finished=indices[-1] < num_resumed)
         return_freed_memory()
-        observer.progress(index + 1)
+        note = "" if trained is None else f"loss {trained.loss_before:.4f} to {trained.loss_after:.4f}"
+        observer.progress(indices[-1] + 1, note)
     return streams, num_resumed
 
 

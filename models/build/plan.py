@@ -4,6 +4,8 @@ from ..budget import check_budget
 from ..config import BuildConfig
 from ..errors import SchemeError
 from ..llama.config import LlamaConfig
+from ..reconstruct import get_reconstructor
+from ..reconstruct.qer import Qer
 from ..transform.hadamard import check_rotation
 from .recipe import LayerRecipe, required_statistics
 
@@ -29,11 +31,15 @@ def check_build(config: BuildConfig, network: LlamaConfig) -> None:
         recipe.scheme.check(shape.in_features, path)
         recipe.quantizer.check(shape.in_features, path)
         recipe.reconstructor.check(shape.out_features, shape.in_features, path)
+        if isinstance(recipe.reconstructor, Qer):
+            recipe.reconstructor.check_scheme(recipe.scheme, path)
         if config.activations is not None:
             config.activations.check(shape.in_features, path)
+    network.with_attention(config.attention)  # raises where its groups do not tile the heads
     if config.budget is not None:
         check_budget(config, network)
     _check_calibration(config, network)
+    _check_training(config)
 
 
 def _check_calibration(config: BuildConfig, network: LlamaConfig) -> None:
@@ -53,6 +59,14 @@ def _check_calibration(config: BuildConfig, network: LlamaConfig) -> None:
         raise SchemeError(
             f"calibration is none, but this build needs {' and '.join(uses)}: give --calibration self or a file, or "
             "choose what looks at no data"
+        )
+
+
+def _check_training(config: BuildConfig) -> None:
+    if isinstance(get_reconstructor(config.reconstruct), Qer) and config.calibration.inputs == "dense":
+        raise SchemeError(
+            "method qer trains on the inputs that quantized layers give: choose calibration inputs quantized or "
+            "sequential, not dense"
         )
 
 

@@ -40,6 +40,7 @@ class Plan:
         without calibration
     seconds:            what planning took
     own:                the configuration's exceptions that the plan was made under
+    has_ranks:          ranks are planned too, and not left as configured
     """
 
     linears: dict[str, PlannedLayer]
@@ -54,6 +55,7 @@ class Plan:
     output_error: float | None = None
     seconds: float = 0.0
     own: Mapping[str, LayerConfig] = field(default_factory=dict, repr=False)
+    has_ranks: bool = True
 
     @property
     def perplexity_ratio(self) -> float | None:
@@ -69,12 +71,17 @@ class Plan:
     def layers(self) -> dict[str, LayerConfig]:
         """Bits and rank of every linear layer as ``BuildConfig.layers`` takes them."""
         return {
-            path: replace(self.own.get(path, LayerConfig()), num_bits=layer.num_bits, rank=layer.rank)
+            path: replace(own, num_bits=layer.num_bits, rank=layer.rank if self.has_ranks else own.rank)
             for path, layer in self.linears.items()
+            for own in (self.own.get(path, LayerConfig()),)
         }
 
     def to_dict(self) -> dict[str, object]:
         """Plain dict for JSON."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in {"linears", "own"}}
+        values = {
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name not in {"linears", "own", "has_ranks"}
+        }
         linears = {path: asdict(layer) for path, layer in self.linears.items()}
         return {**values, "perplexity_ratio": self.perplexity_ratio, "linears": linears}

@@ -23,6 +23,7 @@ from .footprint import build_memory_bytes, component_bytes, kv_cache_bytes, resi
 from .observer import BuildObserver
 from .planned import Plan, PlannedLayer
 from .predictor import PLANNING_TOKENS, LossPredictor
+from .training import training_method
 
 __all__ = ["PLANNING_TOKENS", "Plan", "PlannedLayer", "plan_layers"]
 
@@ -126,4 +127,5 @@ def _summary(
         kv_cache_bytes=kv_cache_bytes(checkpoint.config, device),
         build_memory_bytes=build_memory_bytes(checkpoint.config, config),
         own=config.layers,
+        has_ranks=training_method(config) is None,
     )

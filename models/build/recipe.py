@@ -8,6 +8,7 @@ from ..llama.config import LlamaConfig
 from ..quant.quantizers import Quantizer, get_quantizer
 from ..reconstruct import get_reconstructor
 from ..reconstruct.base import Reconstructor
+from ..reconstruct.qer import Qer
 from ..reconstruct.regression import REQUIRES_REFIT
 from ..scheme import QuantScheme
 from ..transform.inputs import InputTransform
@@ -76,9 +77,10 @@ def collected_statistics(config: BuildConfig) -> frozenset[Statistic]:
 
 
 def has_target_stream(config: BuildConfig) -> bool:
-    """Whether the calibration set also goes through the dense network, to be compared with the quantized one."""
+    """Whether the calibration set also goes through the dense network: to be compared with, or to learn from."""
     is_compared = Statistic.CROSS_CORRELATION in required_statistics(config)
-    return is_compared and config.calibration.inputs != "dense"
+    is_trained = isinstance(get_reconstructor(config.reconstruct), Qer)
+    return (is_compared or is_trained) and config.calibration.inputs != "dense"
 
 
 def input_transforms(config: BuildConfig, layer_index: int, network: LlamaConfig) -> dict[str, InputTransform]:

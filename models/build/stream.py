@@ -48,6 +48,11 @@ class HiddenStream:
         """Per batch: run a decoder layer on the hidden states as they are; the stream stays where it is."""
         return [partial(self._run, index) for index in range(len(self.batches))]
 
+    @property
+    def passes(self) -> list[Callable[[nn.Module, Tensor], Tensor]]:
+        """Per batch: run a decoder layer on given hidden states (num_tokens, hidden_size), gradients included."""
+        return [partial(self._pass, index) for index in range(len(self.batches))]
+
     def advance(self, layer: nn.Module) -> None:
         """Replace the hidden states by ``layer``'s outputs."""
         for index in range(len(self.batches)):
@@ -55,7 +60,10 @@ class HiddenStream:
 
     @torch.inference_mode()
     def _run(self, index: int, layer: nn.Module) -> Tensor:
-        batch, hidden = self.batches[index], self.hidden[index]
+        return self._pass(index, layer, self.hidden[index])
+
+    def _pass(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
+        batch = self.batches[index]
         output: Tensor = layer(hidden, batch, self._rotary(batch, hidden.dtype))
         return output
 
@@ -94,11 +102,14 @@ class CalibrationStreams:
         target = statistics.copy() if has_target else None
         return cls(statistics, target, holdout, holdout.copy(), config.inputs == "dense")
 
-    def advance(self, dense: nn.Module, quantized: nn.Module) -> None:
-        """Take every stream through one decoder layer, in its dense or its quantized form."""
-        self.statistics.advance(dense if self.uses_dense_inputs else quantized)
+    def advance_target(self, dense: nn.Module) -> None:
+        """Take the target through one dense decoder layer: first, since training compares with what comes out."""
         if self.target is not None:
             self.target.advance(dense)
+
+    def advance(self, dense: nn.Module, quantized: nn.Module) -> None:
+        """Take every other stream through one decoder layer, in its dense or its quantized form."""
+        self.statistics.advance(dense if self.uses_dense_inputs else quantized)
         self.holdout_dense.advance(dense)
         self.holdout_quantized.advance(quantized)
 

@@ -12,9 +12,10 @@ from typing import Any, Literal, Self
 
 from pydantic import with_config
 
-from ..config import BuildConfig, from_plain, read_plain
+from ..config import BuildConfig
 from ..errors import SchemeError
 from ..evaluate.corpora import Convention
+from ..plain import from_plain, read_plain
 from ..report.result import DENSE, ExternalResult
 from ..scheme import STRICT
 from .grid import GridConfig, expand

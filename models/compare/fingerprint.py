@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ..artifact.format import qerve_version
 from ..build.recipe import required_statistics
@@ -34,17 +35,18 @@ class Fingerprints:
 
     def recipe(self, recipe: RecipeConfig) -> str:
         """Of a recipe's row."""
-        return _sha256([*self._common, recipe.build.to_dict(), self._calibration(recipe.build.calibration)])
+        chosen = _chosen(recipe.build.to_dict(), BuildConfig().to_dict())
+        return _sha256([*self._common, chosen, self._calibration(recipe.build.calibration)])
 
     def statistics(self, build: BuildConfig) -> str:
         """Of the statistics that ``build`` accumulates: whatever its inputs go through before they are measured.
 
         Inputs are quantized only for what compares outputs; all other statistics are of inputs as they are.
         """
-        parts = build.to_dict()
+        parts, defaults = build.to_dict(), BuildConfig().to_dict()
         is_paired = not REQUIRES_REFIT.isdisjoint(required_statistics(build))
-        settings = {name: parts[name] for name in ("calibration", "transform")}
-        settings["activations"] = parts["activations"] if is_paired else None
+        names = ("calibration", "transform", *(["activations"] if is_paired else []))
+        settings = _chosen({name: parts[name] for name in names}, defaults)
         return _sha256([*self._statistics_common, settings, self._calibration(build.calibration)])
 
     def _calibration(self, calibration: CalibrationConfig) -> str:
@@ -60,6 +62,17 @@ class Fingerprints:
             except OSError as error:
                 raise QerveError(f"{source}: cannot be read: {error}") from error
         return self._digests[source]
+
+
+def _chosen(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """``values`` without those that are the default: results outlive a setting that a later version adds."""
+    chosen = {}
+    for name, given in values.items():
+        default = defaults.get(name)
+        value = _chosen(given, default) if isinstance(given, dict) and isinstance(default, dict) else given
+        if value not in (default, {}):
+            chosen[name] = value
+    return chosen
 
 
 def _sha256(values: object) -> str:

@@ -17,6 +17,7 @@ _PREFIXES = {
     "scheme.num_bits": "w",
     "scheme.group_size": "g",
     "activations.num_bits": "a",
+    "attention.num_bits": "qkv",
     "reconstruct.rank": "r",
     "budget.target_bits": "b",
 }

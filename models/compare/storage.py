@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 from ..artifact.files import write_bytes
-from ..config import from_plain
 from ..errors import QerveError
-from ..plain import finite
+from ..plain import finite, from_plain
 from ..report.result import RecipeResult
 
 

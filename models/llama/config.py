@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SchemeError
+from ..scheme import ActivationScheme
 from .config_fields import ConfigFields
 from .rope_config import RopeConfig, read_rope
 
@@ -38,6 +39,7 @@ class LlamaConfig:
     sliding_window:        tokens a position attends to, itself included; None: all before it
     full_attention_layers: layers that ignore the window
     eos_token_ids:         those of ``config.json``; ``generation_config.json`` may add more
+    attention:             how queries, keys and values are quantized; not of Hugging Face's config: an artifact says it
     """
 
     model_type: str
@@ -59,6 +61,7 @@ class LlamaConfig:
     rope: RopeConfig = DEFAULT_ROPE
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    attention: ActivationScheme | None = None
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], where: str) -> Self:
@@ -104,6 +107,20 @@ class LlamaConfig:
                 f"{where}: {num_heads} attention heads cannot share {config.num_key_value_heads} key-value heads evenly"
             )
         return config
+
+    def with_attention(self, scheme: ActivationScheme | None) -> Self:
+        """This network with queries, keys and values quantized by ``scheme``; None: as they are.
+
+        Raises:
+            SchemeError: the groups do not tile the heads of a token.
+        """
+        for part, num_heads in (("keys and values", self.num_key_value_heads), ("queries", self.num_attention_heads)):
+            if scheme and scheme.group_size not in (fitting := scheme.fitting_group_sizes(num_heads * self.head_dim)):
+                raise SchemeError(
+                    f"attention: group_size {scheme.group_size} does not divide the {num_heads * self.head_dim} "
+                    f"channels of the {part} of self_attn ({num_heads} x {self.head_dim}); choose one of {fitting}"
+                )
+        return replace(self, attention=scheme)
 
     def window(self, layer_index: int) -> int | None:
         """Sliding window of one layer; None: full attention."""

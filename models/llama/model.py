@@ -4,10 +4,14 @@ Linear layers come from the weight source, so that dense, quantized and fake one
 run in the dtype of the norm gains; the embedding and the head may be stored narrower.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..quant.activation import quantize_activations
 from .attention import AttentionPlan
 from .batch import Batch
 from .config import LlamaConfig
@@ -59,13 +63,21 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions."""
+    """Grouped-query self-attention with rotary positions.
+
+    quantize: what queries, keys and values (num_tokens, num_channels) go through before the products, so that the cache
+        holds what comes out; None: nothing. Training puts in something of the same values that has gradients
+    """
+
+    quantize: Callable[[Tensor], Tensor] | None
 
     def __init__(self, config: LlamaConfig, layer_index: int, weights: WeightSource) -> None:
         super().__init__()
         path = f"model.layers.{layer_index}.self_attn"
         self.layer_index = layer_index
         self.head_dim = config.head_dim
+        scheme = config.attention
+        self.quantize = None if scheme is None else partial(quantize_activations, scheme=scheme)
         self.q_proj = weights.linear(f"{path}.q_proj")
         self.k_proj = weights.linear(f"{path}.k_proj")
         self.v_proj = weights.linear(f"{path}.v_proj")
@@ -73,14 +85,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary, plan: AttentionPlan, kv_cache: PagedKVCache | None) -> Tensor:
         """``x`` (num_tokens, hidden_size) -> same shape and dtype."""
-        query = rotary.rotate(self._heads(self.q_proj(x)))
-        key = rotary.rotate(self._heads(self.k_proj(x)))
-        value = self._heads(self.v_proj(x))
+        query = self._rounded(rotary.rotate(self._heads(self.q_proj(x))))
+        key = self._rounded(rotary.rotate(self._heads(self.k_proj(x))))
+        value = self._rounded(self._heads(self.v_proj(x)))
         output: Tensor = self.o_proj(plan.attend(self.layer_index, query, key, value, kv_cache))
         return output
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.reshape(len(x), -1, self.head_dim)
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        return x if self.quantize is None else self._heads(self.quantize(x.flatten(1)))
 
 
 class MLP(nn.Module):

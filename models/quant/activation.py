@@ -7,6 +7,8 @@ The grid is that of the weights (``affine``, ``mx``) with float32 scales, which 
                      z = round(-low / scale), and zero lies between low and high
     MXINT, MXFP4     a power of two per block, as in ``mx``
 
+With a clip ratio below 1, low, high and absmax are that much smaller, and values beyond the grid take its ends.
+
 What comes back are the numbers that the codes stand for, in the type of the input. A product with them is what an
 integer kernel computes, up to the rounding of the sum.
 """
@@ -35,21 +37,24 @@ def quantize_activations(x: Tensor, scheme: ActivationScheme) -> Tensor:
     if scheme.format != "int":
         rounded = _block_floating(groups, scheme)
     elif scheme.is_symmetric:
-        rounded = _symmetric(groups, scheme.num_bits)
+        rounded = _symmetric(groups, scheme.num_bits, scheme.clip_ratio)
     else:
-        rounded = _asymmetric(groups, scheme.num_bits)
+        rounded = _asymmetric(groups, scheme.num_bits, scheme.clip_ratio)
     return rounded.flatten(-2).to(x.dtype)
 
 
-def _symmetric(groups: Tensor, num_bits: int) -> Tensor:
-    """Nothing needs to be clamped: no value is further out than the one that the scale is made of."""
-    scale = (_absmax(groups) / ((1 << (num_bits - 1)) - 1)).clamp_(min=_TINY)
-    return (groups / scale).round_().mul_(scale)
+def _symmetric(groups: Tensor, num_bits: int, clip_ratio: float) -> Tensor:
+    largest = (1 << (num_bits - 1)) - 1
+    scale = (_absmax(groups) * clip_ratio / largest).clamp_(min=_TINY)
+    codes = (groups / scale).round_()
+    # Without clipping no value is further out than the one that the scale is made of.
+    return (codes if clip_ratio == 1 else codes.clamp_(-largest, largest)).mul_(scale)
 
 
-def _asymmetric(groups: Tensor, num_bits: int) -> Tensor:
+def _asymmetric(groups: Tensor, num_bits: int, clip_ratio: float) -> Tensor:
     max_code = (1 << num_bits) - 1
-    low, high = groups.amin(-1, keepdim=True).clamp_(max=0), groups.amax(-1, keepdim=True).clamp_(min=0)
+    low = groups.amin(-1, keepdim=True).clamp_(max=0) * clip_ratio
+    high = groups.amax(-1, keepdim=True).clamp_(min=0) * clip_ratio
     # Divided before the difference is taken, which could overflow.
     scale = (high / max_code - low / max_code).clamp_(min=_TINY)
     lowest = (low / scale).round_().clamp_(min=-max_code)

@@ -10,6 +10,7 @@ from .loftq import Loftq
 from .lqer import L2qer, Lqer
 from .lqlora import LqLora
 from .none import NoReconstruction
+from .qer import Qer
 from .qera import QeraApprox, QeraExact
 from .serq import Serq
 from .srr import Srr
@@ -22,6 +23,7 @@ RECONSTRUCTORS: Mapping[str, Callable[[ReconstructConfig], Reconstructor]] = Map
         "zeroquant-v2": ZeroQuantV2,
         "lqer": Lqer,
         "l2qer": L2qer,
+        "qer": Qer,
         "qera-approx": QeraApprox,
         "qera-exact": QeraExact,
         "loftq": Loftq,

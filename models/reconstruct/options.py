@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import with_config
 
-from ..config import ReconstructConfig, from_plain
+from ..config import ReconstructConfig
 from ..errors import SchemeError
+from ..plain import from_plain
 from ..scheme import STRICT
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ def in_network_order(projections: Iterable[str]) -> list[str]:
 
 def recipe_label(config: Mapping[str, Any], *, with_rank: bool = True) -> str:
     """One line for ``config``, the plain dict of a ``BuildConfig``."""
-    parts = [number_format(config.get("scheme") or {}), *_activations(config.get("activations"))]
+    parts = [number_format(config.get("scheme") or {}), *_activations("A", config.get("activations"))]
+    parts += _activations("QKV", config.get("attention"))
     parts += _quantizer(config.get("quantizer") or {}) + _transform(config.get("transform") or {})
     if config.get("objective") == "output":
         parts.append("output objective")
@@ -32,16 +33,17 @@ def method_label(config: Mapping[str, Any]) -> str:
 
 
 def number_format(values: Mapping[str, Any]) -> str:
-    """``INT4 g64``, ``MXINT4 g32``, ``NF4 g64``; of weights or activations."""
+    """``INT4 g64``, ``MXINT4 g32``, ``NF4 g64``; of weights or activations, ``INT4 g64 clip 0.9``."""
     name = str(values.get("format", "int")).upper()
     width = "" if name in {"MXFP4", "NF4"} else str(values.get("num_bits", ""))
     group = values.get("group_size", -1)
     symmetry = " sym" if name == "INT" and values.get("is_symmetric") else ""
-    return f"{name}{width}{symmetry} {'per row' if group == -1 else f'g{group}'}"
+    clip = "" if (ratio := values.get("clip_ratio", 1)) == 1 else f" clip {ratio:g}"
+    return f"{name}{width}{symmetry} {'per row' if group == -1 else f'g{group}'}{clip}"
 
 
-def _activations(values: Mapping[str, Any] | None) -> list[str]:
-    return [] if values is None else [f"A {number_format(values)}".replace("per row", "per token")]
+def _activations(what: str, values: Mapping[str, Any] | None) -> list[str]:
+    return [] if values is None else [f"{what} {number_format(values)}".replace("per row", "per token")]
 
 
 def _quantizer(values: Mapping[str, Any]) -> list[str]:

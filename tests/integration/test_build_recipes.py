@@ -153,13 +153,15 @@ def test_sequential_inputs_come_from_the_quantized_part_of_the_same_layer(build,
 @pytest.mark.parametrize("method", RECONSTRUCTORS)
 def test_every_method_builds_loads_and_runs(build, base, tmp_path, method):
     correction = ReconstructConfig(method=method, rank=8, factor_dtype="bfloat16")
-    report = build(replace(base, reconstruct=correction, quantizer=QuantizerConfig("gptq")))
+    inputs = "quantized" if method == "qer" else "dense"
+    calibration = replace(base.calibration, inputs=inputs)
+    report = build(replace(base, reconstruct=correction, quantizer=QuantizerConfig("gptq"), calibration=calibration))
     loaded = load_artifact(tmp_path / "a", dtype=torch.float32)
     tokens = torch.arange(10)[None]
     assert bool(loaded.model(Batch.uncached(tokens, loaded.model.device)).isfinite().all())
     assert loaded.manifest.effective_bits == report.effective_bits
     ranks = {record.rank for record in loaded.manifest.linears.values()}
-    assert ranks == ({0} if method in ("none", "rtn") else {8})
+    assert ranks == ({0} if method in ("none", "rtn", "qer") else {8})
 
 
 def test_serq_reads_the_channels_that_flattening_had_to_shrink_most(build, base, tmp_path):

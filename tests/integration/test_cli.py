@@ -104,6 +104,11 @@ def test_help_ends_with_one_example(verb):
     assert f"Example: qerve {verb} " in " ".join(output.split())
 
 
+def test_help_names_defaults_that_brackets_could_hide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert "Bits per code, 2 to 8. [default: 4]" in run("build", "--help").stdout
+
+
 def qerve(*arguments):
     code = "from models.cli import make_cli, run_cli; run_cli(make_cli())"
     command = [sys.executable, "-c", code, *map(str, arguments)]

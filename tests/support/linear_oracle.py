@@ -60,7 +60,7 @@ def prepared(weights: LinearWeights, x: Tensor) -> list[list[float]]:
     if weights.rotation_block:
         rows = [_rotated(row, weights.rotation_block) for row in rows]
     scheme = weights.activations
-    return rows if scheme is None else [_quantized(row, scheme) for row in rows]
+    return rows if scheme is None else [quantized_row(row, scheme) for row in rows]
 
 
 def _rotated(row: list[float], block: int) -> list[float]:
@@ -73,13 +73,15 @@ def _rotated(row: list[float], block: int) -> list[float]:
     return rotated
 
 
-def _quantized(row: list[float], scheme: ActivationScheme) -> list[float]:
+def quantized_row(row: list[float], scheme: ActivationScheme) -> list[float]:
+    """The channels of one token on the grids of their groups."""
     length = len(row) if scheme.group_size == -1 else scheme.group_size
     quantized: list[float] = []
     for start in range(0, len(row), length):
         group = row[start : start + length]
         if scheme.format == "int":
-            quantized += (int_symmetric if scheme.is_symmetric else int_asymmetric)(group, scheme.num_bits)
+            round_group = int_symmetric if scheme.is_symmetric else int_asymmetric
+            quantized += round_group(group, scheme.num_bits, scheme.clip_ratio)
         else:
             values = mxfp4(group) if scheme.format == "mxfp4" else mxint(group, scheme.num_bits, scheme.exponent)
             quantized += [float(value) for value in values]

@@ -73,15 +73,19 @@ def mxfp4(block: Sequence[float]) -> list[Fraction]:
     return [nearest_e2m1(value / scale) * scale for value in values]
 
 
-def int_symmetric(group: Sequence[float], num_bits: int) -> list[float]:
-    """A group on the symmetric integer grid, in float64."""
-    scale = max(abs(value) for value in group) / (2 ** (num_bits - 1) - 1)
-    return [scale * round(value / scale) if scale else 0.0 for value in group]
+def int_symmetric(group: Sequence[float], num_bits: int, clip_ratio: float = 1.0) -> list[float]:
+    """A group on the symmetric integer grid, in float64; what lies beyond the grid takes its nearer end."""
+    most = 2 ** (num_bits - 1) - 1
+    scale = clip_ratio * max(abs(value) for value in group) / most
+    return [scale * max(-most, min(most, round(value / scale))) if scale else 0.0 for value in group]
 
 
-def int_asymmetric(group: Sequence[float], num_bits: int) -> list[float]:
-    """A group on the asymmetric integer grid from its minimum to its maximum, zero inside, in float64."""
-    low, high = min(0.0, *group), max(0.0, *group)
+def int_asymmetric(group: Sequence[float], num_bits: int, clip_ratio: float = 1.0) -> list[float]:
+    """A group on the asymmetric integer grid from its minimum to its maximum, zero inside, in float64.
+
+    With a clip ratio, from that share of its minimum to that share of its maximum.
+    """
+    low, high = clip_ratio * min(0.0, *group), clip_ratio * max(0.0, *group)
     most = 2**num_bits - 1
     scale = (high - low) / most
     if not scale:

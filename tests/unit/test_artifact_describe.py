@@ -23,7 +23,8 @@ from tests.support.tiny_checkpoints import VOCAB_SIZE, tokenizer_files
 
 EVERYTHING = BuildConfig(
     scheme=QuantScheme(4, 16, format="mxint", exponent="ceil"),
-    activations=ActivationScheme(4, 128),
+    activations=ActivationScheme(4, 128, clip_ratio=0.9),
+    attention=ActivationScheme(6, 32, is_symmetric=True),
     quantizer=QuantizerConfig("gptq", use_clip_search=True, use_act_order=True, damping=0.05),
     reconstruct=ReconstructConfig("srr", 16, "int8", refit=True, options={"split": 4}),
     transform=TransformConfig(flatten=0.5, permute=True, rotation="online", rotation_block=64),
@@ -37,7 +38,8 @@ EVERYTHING = BuildConfig(
 def test_every_part_of_a_build_is_described_in_the_order_of_its_work() -> None:
     assert list(describe_build(EVERYTHING).items()) == [
         ("weights", "MXINT4, group 16, ceil exponents, gptq, clip search, act order, damping 0.05"),
-        ("activations", "INT4 asymmetric, group 128"),
+        ("activations", "INT4 asymmetric, group 128, clip ratio 0.9"),
+        ("attention inputs", "INT6 symmetric, group 32"),
         ("transform", "flatten 0.5, permute, rotation online in blocks of 64"),
         ("objective", "output"),
         ("correction", "srr, rank 16, int8, refit, split 4"),
@@ -85,7 +87,8 @@ def test_the_model_card_tells_everything_that_acts_on_a_layer(artifact: Path) ->
     expected = {
         "method": "srr",
         "quantizer": "gptq, clip search, act order, damping 0.05",
-        "activations": "INT4 asymmetric, group 128",
+        "activations": "INT4 asymmetric, group 128, clip ratio 0.9",
+        "attention": "INT6 symmetric, group 32",
         "transform": "flatten 0.5, permute, rotation online in blocks of 64",
         "objective": "output",
         "budget": "4.25 bits per weight from widths 3, 4, rank up to 32",

@@ -107,6 +107,12 @@ MANIFEST_LIES: dict[str, tuple[Callable[[Values], object], str]] = {
     "activations of a format that is none": (mx_activations(format="nf4"), "activations"),
     "activations of too many bits": (mx_activations(num_bits=9), "num_bits is 9"),
     "activation groups that do not divide": (mx_activations(group_size=64), "group_size 64 does not divide"),
+    "activations with too wide a clip": (mx_activations(clip_ratio=1.5), "clip_ratio is 1.5"),
+    "attention groups that do not divide": (
+        lambda v: v["build"].update(attention={"group_size": 64}),
+        "'build': attention: group_size 64 does not divide the 32 channels of the keys and values",
+    ),
+    "attention of a format that is none": (lambda v: v["build"].update(attention={"format": "nf4"}), "attention"),
     "activations that are none": (mx_record(activations="int8"), "activations"),
     "other effective bits": (record(effective_bits=3.0), PATH),
     "a negative error": (record(relative_weight_error=-1.0), PATH),

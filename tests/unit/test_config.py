@@ -45,6 +45,7 @@ def activation_schemes_of(name: str) -> st.SearchStrategy[ActivationScheme]:
         group_size=st.sampled_from(ACTIVATION_GROUP_SIZES[name]),
         is_symmetric=st.booleans(),
         format=st.just(name),
+        clip_ratio=st.floats(0, 1, exclude_min=True) if name == "int" else st.just(1.0),
     )
 
 
@@ -56,6 +57,7 @@ configs = st.builds(
     BuildConfig,
     scheme=schemes,
     activations=st.none() | activation_schemes,
+    attention=st.none() | activation_schemes,
     quantizer=st.builds(
         QuantizerConfig, method=st.just("gptq"), use_clip_search=st.booleans(), use_act_order=st.booleans()
     ),
@@ -141,6 +143,8 @@ def test_partial_file_keeps_the_other_defaults(tmp_path: Path) -> None:
         ({"reconstruct": {"factor_dtype": "int7"}}, "reconstruct.factor_dtype"),
         ({"quantizer": "gptq"}, "quantizer"),
         ({"activations": {"bits": 4}}, "activations.bits"),
+        ({"activations": {"clip_ratio": "0.9"}}, "activations.clip_ratio"),
+        ({"attention": {"bits": 4}}, "attention.bits"),
         ({"budget": {}}, "budget.target_bits"),
         ({"layers": {"x": {"num_bits": "4"}}}, "layers.x.num_bits"),
         ({"reconstruct": {"rank": 1.5}}, "reconstruct.rank"),
@@ -268,6 +272,13 @@ def test_only_integer_formats_have_a_zero_point(name: str) -> None:
         ({"activations": {"num_bits": 9}}, "activation num_bits is 9; choose 2 to 8"),
         ({"activations": {"group_size": 100}}, "activation group_size is 100; for int choose"),
         ({"activations": {"format": "mxfp4", "num_bits": 8}}, "activation num_bits is 8, but mxfp4 has 4"),
+        ({"activations": {"clip_ratio": 0.0}}, "activation clip_ratio is 0.0; choose above 0, up to 1"),
+        ({"activations": {"clip_ratio": 1.01}}, "activation clip_ratio is 1.01; choose above 0, up to 1"),
+        ({"activations": {"clip_ratio": float("nan")}}, "clip_ratio"),
+        (
+            {"attention": {"format": "mxint", "group_size": 32, "clip_ratio": 0.9}},
+            "clip_ratio is 0.9, but a scale of mxint is a power of two: leave it out, or choose format int",
+        ),
         ({"quantizer": {"damping": -0.1}}, "damping is -0.1; choose 0 to 1"),
         ({"quantizer": {"use_act_order": True}}, "use_act_order is an option of quantizer gptq"),
         ({"transform": {"flatten": 1.5}}, "flatten is 1.5; choose 0 to 1"),
@@ -287,6 +298,18 @@ def test_activation_groups_that_do_not_tile_name_the_layer_and_what_fits() -> No
         SchemeError, match=r"^model\.layers\.0\.mlp\.up_proj: activation group_size 128.*\[-1, 32, 64, 96"
     ):
         ActivationScheme(group_size=128).check(576, "model.layers.0.mlp.up_proj")
+
+
+def test_a_scheme_names_its_clip_ratio_only_where_it_clips() -> None:
+    assert str(ActivationScheme(4, clip_ratio=1.0)) == "INT4 asymmetric, per token"
+    assert str(ActivationScheme(4, 64, True, clip_ratio=0.875)) == "INT4 symmetric, group 64, clip ratio 0.875"
+
+
+def test_what_was_written_before_clip_ratios_and_attention_is_still_read() -> None:
+    values = BuildConfig(activations=ActivationScheme(4)).to_dict()
+    del values["attention"], values["activations"]["clip_ratio"]
+    assert BuildConfig.from_dict(values) == BuildConfig(activations=ActivationScheme(4), attention=None)
+    assert BuildConfig().attention is None
 
 
 def test_configurations_cannot_be_changed_after_validation() -> None:

@@ -10,6 +10,7 @@ from models.config import FactorDtype
 from models.kernels import default_backends
 from models.kernels.base import KernelBackend, LinearSpec
 from models.kernels.dense_terms import DenseTerms
+from models.kernels.dequantized import DequantizedBackend
 from models.kernels.reference import ReferenceBackend
 from models.scheme import ActivationScheme, ExponentRule, QuantScheme
 from models.types import LinearWeights
@@ -47,7 +48,8 @@ Run = tuple[KernelBackend, QuantScheme, torch.dtype, tuple[int, int]]
 def runs(schemes: tuple[QuantScheme, ...], dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, int]) -> list[object]:
     """Every combination that a backend says it can run, as test parameters."""
     parameters = []
-    for backend, scheme, dtype, shape in itertools.product(default_backends(), schemes, dtypes, shapes):
+    backends = (*default_backends(), DequantizedBackend())
+    for backend, scheme, dtype, shape in itertools.product(backends, schemes, dtypes, shapes):
         spec = LinearSpec(scheme, shape[1], shape[0], 0, False, False, CPU, dtype)
         if backend.unsupported(spec) is None:
             name = f"{backend.name} {scheme} {scheme.exponent} {dtype} {shape}"
@@ -76,7 +78,8 @@ def assert_near(given: Tensor, expected: Expected, x: Tensor) -> None:
 def test_every_backend_is_under_test() -> None:
     every = SCHEMES + FORMATS
     covered = {(run.values[0][0].name, run.values[0][1]) for run in runs(every, DTYPES, (16, 128))}
-    assert {scheme for name, scheme in covered if name == "reference"} == set(every)
+    for runs_all in ("reference", "dequantized"):
+        assert {scheme for name, scheme in covered if name == runs_all} == set(every)
     mxint4 = {QuantScheme(4, 32, format="mxint", exponent=rule) for rule in RULES}
     int4 = {scheme for scheme in SCHEMES if scheme.num_bits == 4}
     assert {scheme for name, scheme in covered if name == "torch-int4"} == int4 | mxint4

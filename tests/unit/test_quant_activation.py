@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,10 @@ from tests.support.number_formats import int_asymmetric, int_symmetric, mxfp4, m
 INT = [
     ActivationScheme(bits, size, is_symmetric)
     for bits, size, is_symmetric in itertools.product((2, 4, 6, 8), (-1, 32, 64), (False, True))
+]
+CLIPPED = [
+    ActivationScheme(bits, size, is_symmetric, clip_ratio=ratio)
+    for bits, size, is_symmetric, ratio in itertools.product((2, 4, 8), (-1, 32), (False, True), (0.99, 0.7, 0.2))
 ]
 RULES: tuple[ExponentRule, ...] = ("floor", "ceil")
 BLOCK = [
@@ -35,7 +40,7 @@ def group_values(group: Sequence[float], scheme: ActivationScheme) -> list[float
         return [float(value) for value in mxfp4(group)]
     if scheme.format == "mxint":
         return [float(value) for value in mxint(group, scheme.num_bits, scheme.exponent)]
-    return (int_symmetric if scheme.is_symmetric else int_asymmetric)(group, scheme.num_bits)
+    return (int_symmetric if scheme.is_symmetric else int_asymmetric)(group, scheme.num_bits, scheme.clip_ratio)
 
 
 def expected_values(x: Tensor, scheme: ActivationScheme) -> Tensor:
@@ -48,7 +53,7 @@ def expected_values(x: Tensor, scheme: ActivationScheme) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("scheme", [*INT, *BLOCK], ids=str)
+@pytest.mark.parametrize("scheme", [*INT, *CLIPPED, *BLOCK], ids=str)
 def test_every_token_is_rounded_as_the_definition_says(scheme: ActivationScheme) -> None:
     x = torch.randn(5, 128) * torch.tensor([1e-3, 0.1, 1, 10, 100])[:, None] + 0.2
     found = quantize_activations(x, scheme)
@@ -98,7 +103,53 @@ def test_integer_formats_stay_within_half_a_step_and_keep_zeros(values: list[flo
     assert not found[x == 0].any()
 
 
-@pytest.mark.parametrize("scheme", [*INT, *BLOCK], ids=str)
+@given(
+    values=st.lists(st.floats(-1e4, 1e4, width=32), min_size=32, max_size=32),
+    num_bits=st.sampled_from((2, 4, 8)),
+    is_symmetric=st.booleans(),
+    ratio=st.floats(0.01, 1, exclude_min=True),
+)
+def test_a_clipped_grid_ends_at_its_share_of_the_range_and_rounds_what_is_inside(
+    values: list[float], num_bits: int, is_symmetric: bool, ratio: float
+) -> None:
+    x = torch.tensor([values])
+    found = quantize_activations(x, ActivationScheme(num_bits, 32, is_symmetric, clip_ratio=ratio)).double()
+    low, high = ratio * min(0.0, *values), ratio * max(0.0, *values)
+    if is_symmetric:
+        high = max(high, -low)
+        low, step = -high, high / (2 ** (num_bits - 1) - 1)
+    else:
+        step = (high - low) / (2**num_bits - 1)
+    # An asymmetric grid is shifted by up to half a step to hold zero.
+    shift = (0.0 if is_symmetric else 0.5) * step
+    slack = 1e-4 * step + 2.0**-126
+    assert float(found.min()) >= low - shift - slack
+    assert float(found.max()) <= high + shift + slack
+    assert float((found - x.double().clamp(low, high)).abs().max()) <= 0.5 * step + shift + slack
+    assert not found[x == 0].any()
+
+
+def test_a_clip_ratio_of_one_changes_no_bit() -> None:
+    x = torch.randn(64, 128) * torch.logspace(-30, 30, 64)[:, None]
+    for scheme in INT:
+        plain = quantize_activations(x, scheme)
+        assert torch.equal(quantize_activations(x, replace(scheme, clip_ratio=1.0)), plain)
+        # Anything below one does, however little it is.
+        assert not torch.equal(quantize_activations(x, replace(scheme, clip_ratio=1 - 2**-10)), plain)
+
+
+def test_clipping_an_outlier_serves_the_other_channels() -> None:
+    x = torch.randn(64, 64)
+    x[:, 3] = 12.0
+    others = torch.arange(64) != 3
+
+    def error(scheme: ActivationScheme) -> float:
+        return float((quantize_activations(x, scheme) - x)[:, others].norm())
+
+    assert error(ActivationScheme(4, -1, True, clip_ratio=0.3)) < error(ActivationScheme(4, -1, True)) / 2
+
+
+@pytest.mark.parametrize("scheme", [*INT, *CLIPPED, *BLOCK], ids=str)
 def test_tokens_and_groups_do_not_influence_each_other(scheme: ActivationScheme) -> None:
     x = torch.randn(6, 128) * torch.logspace(-3, 3, 6)[:, None]
     whole = quantize_activations(x, scheme)
@@ -121,7 +172,7 @@ def test_what_is_quantized_stays_where_it_is(scheme: ActivationScheme) -> None:
         assert torch.equal(once, twice)
 
 
-@pytest.mark.parametrize("scheme", [*INT, *BLOCK], ids=str)
+@pytest.mark.parametrize("scheme", [*INT, *CLIPPED, *BLOCK], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_token_of_zeros_stays_zero_beside_others(scheme: ActivationScheme, dtype: torch.dtype) -> None:
     x = torch.randn(3, 128).to(dtype)

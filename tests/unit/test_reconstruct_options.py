@@ -12,7 +12,11 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "lq-lora": {"max_iterations": 3, "use_fisher": False},
     "srr": {"split": 4, "is_joint": True},
     "serq": {"saliency": "output-error"},
-}
+    "qer": {
+        "merge": "shift", "shift": 5, "fraction_bits": 3, "factor_bits": 8, "threshold": 0.5,
+        "initialization": "qera", "use_scales": False, "use_clips": False,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", OPTIONS)

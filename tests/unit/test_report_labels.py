@@ -19,6 +19,10 @@ from tests.support.comparisons import build
             },
             "INT4 g64, A INT8 per token, gptq clip, online Hadamard 64, qera-exact r8",
         ),
+        (
+            {"activations": {"num_bits": 4, "clip_ratio": 0.9}, "attention": {"num_bits": 4, "group_size": 64}},
+            "INT4 g64, A INT4 per token clip 0.9, QKV INT4 g64, rtn, qera-exact r8",
+        ),
         ({"transform": {"flatten": 0.5}, "objective": "output"}, "INT4 g64, rtn, flatten 0.5, output objective, "
             "qera-exact r8"),
         ({"budget": {"target_bits": 3.5}}, "INT4 g64, rtn, budget 3.5 bits, qera-exact r8"),

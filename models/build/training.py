@@ -1,0 +1,130 @@
+"""Training within the build: decoder layers that the base quantizer made learn to put out what the dense ones do."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..calibration.collect import INPUT_OWNERS
+from ..config import BuildConfig
+from ..llama.checkpoint import DenseWeights
+from ..llama.config import LlamaConfig
+from ..llama.model import DecoderLayer
+from ..reconstruct import get_reconstructor
+from ..reconstruct.loss import LayerErrors
+from ..reconstruct.qer import Qer
+from ..train.blocks import BlockTrainer
+from ..train.initial import BuiltLinear, trainable_linear
+from ..train.linear import ActivationClip, TrainableLinear
+from ..train.loop import TrainingBatch, TrainingResult
+from ..types import LinearWeights
+from .recipe import LayerRecipe
+from .stream import HiddenStream
+from .weights import LayerWeights
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltLayer:
+    """One decoder layer in its quantized form; all by module path.
+
+    weights: what ships
+    errors:  against the dense layer
+    sources: what the linear layers were made from; empty unless they are to be trained
+    """
+
+    index: int
+    weights: dict[str, LinearWeights] = field(default_factory=dict)
+    errors: dict[str, LayerErrors] = field(default_factory=dict)
+    sources: dict[str, BuiltLinear] = field(default_factory=dict)
+
+
+def training_method(config: BuildConfig) -> Qer | None:
+    """The method of ``config`` if it trains."""
+    method = get_reconstructor(config.reconstruct)
+    return method if isinstance(method, Qer) else None
+
+
+def num_blocks_together(config: BuildConfig) -> int:
+    """Decoder layers that are built in one step."""
+    return 1 if training_method(config) is None else config.training.num_blocks
+
+
+def train_layers(
+    config: BuildConfig,
+    method: Qer,
+    layers: Sequence[BuiltLayer],
+    inputs: HiddenStream,
+    targets: HiddenStream,
+    *,
+    network: LlamaConfig,
+    dense: DenseWeights,
+) -> tuple[list[dict[str, LinearWeights]], TrainingResult]:
+    """Train consecutive decoder layers together; the same arguments give the same result.
+
+    Args:
+        config: of the build.
+        method: that trains.
+        layers: what is trained, in order.
+        inputs: the calibration set before the first of them, from the quantized layers before.
+        targets: the calibration set after the last of them, from dense layers.
+        network: as it is served.
+        dense: where norms come from.
+
+    Returns:
+        The merged linear layers of each decoder layer by module path, and the errors of the block before and after.
+
+    Raises:
+        CalibrationError: a statistic is missing, or a loss is not finite.
+    """
+    generator = torch.Generator().manual_seed(config.calibration.seed * 1_000_003 + layers[0].index)
+    precision = torch.bfloat16 if config.training.precision == "bfloat16" else torch.float32
+    modules: list[dict[str, TrainableLinear]] = []
+    for layer in layers:
+        clips = _clips(config, method, layer)
+        modules.append({
+            path: trainable_linear(
+                _own_method(config, path, built), built, clips.get(path), generator=generator, precision=precision
+            )
+            for path, built in layer.sources.items()
+        })  # fmt: skip
+    blocks = [
+        DecoderLayer(network, layer.index, LayerWeights(dense, linears))
+        for layer, linears in zip(layers, modules, strict=True)
+    ]
+    if network.attention is not None:
+        fixed = ActivationClip(network.attention, is_trained=False)
+        for block in blocks:
+            block.self_attn.quantize = fixed
+    linears = {path: linear for of_layer in modules for path, linear in of_layer.items()}
+    where = f"model.layers.{layers[0].index}" + (f" to {layers[-1].index}" if len(layers) > 1 else "")
+    trainer = BlockTrainer(linears, method, config.training, where)
+    result = trainer.train(_batches(blocks, inputs, targets), generator)
+    return [{path: linear.merged() for path, linear in of_layer.items()} for of_layer in modules], result
+
+
+def _own_method(config: BuildConfig, path: str, built: BuiltLinear) -> Qer:
+    """The method with the rank that the linear layer ``path`` has of its own."""
+    reconstructor = LayerRecipe.of(config, path, built.weight.shape[1]).reconstructor
+    assert isinstance(reconstructor, Qer)  # noqa: S101 - exceptions change the rank, not the method
+    return reconstructor
+
+
+def _clips(config: BuildConfig, method: Qer, layer: BuiltLayer) -> dict[str, ActivationClip]:
+    """One per quantized input, for every linear layer that reads it."""
+    if config.activations is None:
+        return {}
+    device = next(iter(layer.sources.values())).weight.device
+    is_trained = method.options.use_clips and config.activations.format == "int"
+    clips: dict[str, ActivationClip] = {}
+    for children in INPUT_OWNERS.values():
+        clip = ActivationClip(config.activations, is_trained=is_trained).to(device)
+        clips |= {f"model.layers.{layer.index}.{child}": clip for child in children}
+    return clips
+
+
+def _batches(blocks: Sequence[nn.Module], inputs: HiddenStream, targets: HiddenStream) -> list[TrainingBatch]:
+    """One per batch of the calibration set."""
+    steps = zip(inputs.hidden, targets.hidden, inputs.passes, strict=True)
+    return [TrainingBatch(hidden, target, [partial(run, it) for it in blocks]) for hidden, target, run in steps]
