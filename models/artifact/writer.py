@@ -112,6 +112,22 @@ class ArtifactWriter:
         with self._partial.blaming("embeddings, final norm and head"):
             self._write(self._config.num_hidden_layers, tensors, expected_rest(self._config), {})
 
+    def write_scales(self, scales: Mapping[str, Tensor]) -> None:
+        """Keep the scales (out_features, num_groups) that every linear layer will get, before the first one does."""
+        with self._partial.blaming("trained scales"):
+            write_shard(self._scales_path(), scales)
+
+    def read_scales(self) -> dict[str, Tensor] | None:
+        """What ``write_scales`` kept, by module path; None: nothing.
+
+        Raises:
+            ArtifactError: the file is damaged.
+        """
+        if not self._scales_path().is_file():
+            return None
+        with self._partial.blaming("trained scales"), Shard(self._scales_path()) as shard:
+            return {path: shard.read(path) for path in self._config.linear_shapes()}
+
     def finish(
         self,
         *,
@@ -198,6 +214,9 @@ class ArtifactWriter:
 
     def _shard_path(self, shard_index: int) -> Path:
         return self._partial.artifact / shard_name(shard_index, self._config.num_hidden_layers + 1)
+
+    def _scales_path(self) -> Path:
+        return self._partial.progress / "scales.safetensors"
 
     def _progress_path(self, shard_index: int) -> Path:
         return self._partial.progress / f"layer-{shard_index:05d}.json"

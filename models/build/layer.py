@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor, nn
 
 from ..artifact.record import LinearRecord
@@ -13,8 +12,7 @@ from ..calibration.collect import INPUT_OWNERS, Measurement, Target, collect_sta
 from ..calibration.store import StatisticsStore
 from ..config import BuildConfig
 from ..errors import QerveError
-from ..kernels import get_backends
-from ..layers.linear import DenseLinear, LowRankLinear
+from ..layers.linear import DenseLinear
 from ..llama.checkpoint import DenseWeights
 from ..llama.model import DecoderLayer
 from ..reconstruct.loss import LayerErrors, layer_errors
@@ -27,7 +25,7 @@ from .linear import LinearBuilder
 from .recipe import LayerRecipe, collected_statistics, input_transforms
 from .stream import CalibrationStreams, HiddenStream
 from .training import BuiltLayer, train_layers, training_method
-from .weights import LayerWeights, stored_tensor
+from .weights import LayerWeights, linear_module, write_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,18 +129,11 @@ class LayerBuilder:
         return trained, result
 
     def _write(self, built: BuiltLayer) -> None:
-        index, prefix = built.index, f"model.layers.{built.index}."
-        linears = {path: built.weights[path] for path in self._network.layer_linear_shapes(index)}
-        norms = {
-            name: stored_tensor(self._dense.checkpoint, name)
-            for name in self._network.unquantized_shapes()
-            if name.startswith(prefix)
-        }
         records = {
-            path: LinearRecord.of(linears[path], errors.weight_after, errors.output_after)
+            path: LinearRecord.of(built.weights[path], errors.weight_after, errors.output_after)
             for path, errors in built.errors.items()
         }
-        self._writer.write_layer(index, linears, norms, records)
+        write_layer(self._writer, self._dense.checkpoint, built.index, built.weights, records)
 
     def _modules(self, built: BuiltLayer) -> dict[str, nn.Module]:
         return {path: self._module(path, weights) for path, weights in built.weights.items()}
@@ -199,9 +190,7 @@ class LayerBuilder:
         return replace(built, weights=weights), errors
 
     def _module(self, path: str, weights: LinearWeights) -> nn.Module:
-        """``weights`` run by the reference backend in float32."""
-        device = self._dense.device
-        return LowRankLinear.of(weights, get_backends("reference"), device=device, dtype=torch.float32, where=path)
+        return linear_module(path, weights, self._dense.device)
 
     def _layer(self, index: int, modules: Mapping[str, nn.Module]) -> DecoderLayer:
         return DecoderLayer(self._served, index, LayerWeights(self._dense, modules))

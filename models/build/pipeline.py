@@ -23,6 +23,7 @@ from ..llama.checkpoint import Checkpoint, DenseWeights
 from ..memory import PeakMemory, directory_bytes, return_freed_memory
 from ..report.layers import artifact_report
 from .calibrate import calibration_tokens
+from .end_to_end import train_end_to_end, trains_end_to_end
 from .footprint import memory_bound_bytes
 from .holdout import holdout_evaluation
 from .layer import LayerBuilder
@@ -102,6 +103,10 @@ def build_artifact(
     with PeakMemory() as building:
         writer = ArtifactWriter(out, prepared.checkpoint.config, identity, overwrite)
         streams, num_resumed = _build_layers(prepared, tokens, writer, device, observer)
+        if trains_end_to_end(prepared.config):
+            streams = train_end_to_end(
+                prepared.checkpoint, prepared.config, writer, tokens, streams=streams, device=device, observer=observer
+            )
         evaluation = holdout_evaluation(prepared.checkpoint, streams)
         manifest = _finish(writer, prepared.checkpoint, config, tokens, evaluation)
     return BuildReport(

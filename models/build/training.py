@@ -90,18 +90,22 @@ def train_layers(
             for path, built in layer.sources.items()
         })  # fmt: skip
     blocks = [
-        DecoderLayer(network, layer.index, LayerWeights(dense, linears))
+        trainable_layer(network, layer.index, LayerWeights(dense, linears))
         for layer, linears in zip(layers, modules, strict=True)
     ]
-    if network.attention is not None:
-        fixed = ActivationClip(network.attention, is_trained=False)
-        for block in blocks:
-            block.self_attn.quantize = fixed
     linears = {path: linear for of_layer in modules for path, linear in of_layer.items()}
     where = f"model.layers.{layers[0].index}" + (f" to {layers[-1].index}" if len(layers) > 1 else "")
     trainer = BlockTrainer(linears, method, config.training, where)
     result = trainer.train(_batches(blocks, inputs, targets), generator)
     return [{path: linear.merged() for path, linear in of_layer.items()} for of_layer in modules], result
+
+
+def trainable_layer(network: LlamaConfig, index: int, weights: LayerWeights) -> DecoderLayer:
+    """Decoder layer ``index`` of ``network``, with gradients through quantized queries, keys and values too."""
+    layer = DecoderLayer(network, index, weights)
+    if network.attention is not None:
+        layer.self_attn.quantize = ActivationClip(network.attention, is_trained=False)
+    return layer
 
 
 def _own_method(config: BuildConfig, path: str, built: BuiltLinear) -> Qer:

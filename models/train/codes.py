@@ -6,6 +6,7 @@ the gradient of the product of the factors before any rounding.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from ..reconstruct.merge import (
     ternary_merge,
 )
 from ..reconstruct.qer import QerOptions
+from ..types import QuantizedWeight
 from .straight import straight, straight_round
 
 
@@ -77,6 +79,11 @@ class TrainableCodes(nn.Module, ABC):
 
 class FixedCodes(TrainableCodes):
     """Nothing to train: the control."""
+
+    @classmethod
+    def of(cls, quantized: QuantizedWeight) -> Self:
+        """The codes of ``quantized``, a byte each."""
+        return cls(IntegerBase(quantized.codes, None, 0, quantized.scheme.max_code))
 
     def values(self) -> Tensor:
         """The base's codes."""

@@ -10,6 +10,7 @@ import torch
 from models.artifact.load import load_artifact
 from models.artifact.reader import ArtifactReader
 from models.build import build_artifact
+from models.build import end_to_end as end_to_end_phase
 from models.build.plan import check_build
 from models.config import (
     BudgetConfig,
@@ -179,3 +180,50 @@ def test_what_cannot_be_trained_is_said_before_a_weight_is_read(change, message,
         values[section] |= own
     with pytest.raises(SchemeError, match=message):
         check_build(BuildConfig.from_dict(values), open_checkpoint(str(checkpoint_dir)).config)
+
+
+def end_to_end(base):
+    training = replace(base.training, end_to_end_epochs=2, end_to_end_learning_rate=2e-3)
+    return replace(base, training=training, calibration=replace(base.calibration, num_sequences=12, num_holdout=4))
+
+
+def test_the_end_to_end_phase_changes_scales_alone_and_what_is_recorded_is_what_is_served(build, base, tmp_path):
+    config = end_to_end(base)
+    build(replace(config, training=replace(config.training, end_to_end_epochs=0)), "blocks")
+    report = build(config, "whole")
+    with ArtifactReader.open(tmp_path / "blocks") as before, ArtifactReader.open(tmp_path / "whole") as after:
+        for path in after.manifest.linears:
+            old, new = before.linear(path).quantized, after.linear(path).quantized
+            assert torch.equal(old.codes, new.codes)
+            assert torch.equal(old.zero_point, new.zero_point)
+        assert any(
+            not torch.equal(before.linear(path).quantized.scale, after.linear(path).quantized.scale)
+            for path in after.manifest.linears
+        )
+    tokens = torch.tensor(json.loads(Path(config.calibration.source).read_text(encoding="utf-8"))).view(-1, LENGTH)
+    served = load_artifact(tmp_path / "whole", dtype=torch.float32, backend="reference").model
+    batch = Batch.uncached(tokens[12:16], torch.device("cpu"))
+    with torch.no_grad():
+        logits = served.logits(served(batch)).view(4, LENGTH, -1)
+    nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[12:16, 1:].flatten())
+    assert report.quantized_perplexity == pytest.approx(float(nll.exp()), rel=1e-4)
+
+
+def test_a_build_interrupted_while_scales_are_applied_goes_on_to_the_same_bytes(build, base, tmp_path, monkeypatch):
+    config = end_to_end(base)
+    build(config, "whole")
+    real, calls = end_to_end_phase.write_layer, []
+
+    def fails_at_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(end_to_end_phase, "write_layer", fails_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        build(config, "resumed")
+    monkeypatch.setattr(end_to_end_phase, "write_layer", real)
+    monkeypatch.setattr(end_to_end_phase._Phase, "train", None)
+    build(config, "resumed")
+    assert digests(tmp_path / "resumed") == digests(tmp_path / "whole")
