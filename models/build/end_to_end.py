@@ -123,7 +123,8 @@ class _Phase:
         ones = torch.ones(quantized.in_features)
         precision = torch.bfloat16 if self._config.training.precision == "bfloat16" else torch.float32
         merged = MergedWeight(FixedCodes.of(quantized), quantized, use_scales=True)
-        return TrainableLinear(merged, weights, clip, ones, precision).to(self._device)
+        linear = TrainableLinear(merged, weights, clip, ones, precision=precision, use_checkpointing=True)
+        return linear.to(self._device)
 
     def apply(self, scales: Mapping[str, Tensor]) -> None:
         """Rewrite every layer with its new scales; its output errors are not known any more."""

@@ -18,7 +18,7 @@ def holdout_evaluation(checkpoint: Checkpoint, streams: CalibrationStreams) -> d
     """
     if not streams.holdout_dense.hidden:
         return {}
-    network, device = checkpoint.config, streams.holdout_dense.hidden[0].device
+    network, device = checkpoint.config, streams.holdout_dense.batches[0].token_ids.device
     norm = RMSNorm(checkpoint.tensor("model.norm.weight").to(device, torch.float32), network.rms_norm_eps)
     head = checkpoint.tensor(network.head_name, narrow=True).to(device)
     dense = _score(streams.holdout_dense, norm, head)
@@ -37,5 +37,6 @@ def _score(stream: HiddenStream, norm: RMSNorm, head: torch.Tensor) -> Perplexit
         for span in batch.spans:
             rows = slice(span.start, span.start + span.num_tokens - 1)
             targets = batch.token_ids[span.start + 1 : span.start + span.num_tokens]
-            nlls.append(score_hidden(lambda part: head_logits(part, head), norm(hidden[rows]), targets))
+            states = norm(hidden[rows].to(head.device))
+            nlls.append(score_hidden(lambda part: head_logits(part, head), states, targets))
     return summarize(nlls)

@@ -19,7 +19,8 @@ from ..llama.rope import RotaryEmbedding
 class HiddenStream:
     """Hidden states of equally long sequences, batch by batch, kept in one copy.
 
-    hidden: list of (batch_size * sequence_length, hidden_size), updated in place by ``advance``
+    hidden: list of (batch_size * sequence_length, hidden_size) in the host's memory, replaced by ``advance``: only the
+        batch that is inside a layer takes memory of the device
     """
 
     def __init__(self, batches: list[Batch], hidden: list[Tensor], rotary: RotaryEmbedding) -> None:
@@ -32,7 +33,8 @@ class HiddenStream:
         """The embedded ``tokens`` (num_sequences, sequence_length); ``embedding`` (vocab_size, hidden_size)."""
         chunks = [tokens[start : start + batch_size] for start in range(0, len(tokens), batch_size)]
         batches = [Batch.uncached(chunk, embedding.device) for chunk in chunks]
-        return cls(batches, [embed(batch.token_ids, embedding, torch.float32) for batch in batches], rotary)
+        hidden = [embed(batch.token_ids, embedding, torch.float32).cpu() for batch in batches]
+        return cls(batches, hidden, rotary)
 
     def copy(self) -> Self:
         """A stream of the same hidden states that advances on its own."""
@@ -56,7 +58,7 @@ class HiddenStream:
     def advance(self, layer: nn.Module) -> None:
         """Replace the hidden states by ``layer``'s outputs."""
         for index in range(len(self.batches)):
-            self.hidden[index] = self._run(index, layer)
+            self.hidden[index] = self._run(index, layer).cpu()
 
     @torch.inference_mode()
     def _run(self, index: int, layer: nn.Module) -> Tensor:
@@ -64,7 +66,7 @@ class HiddenStream:
 
     def _pass(self, index: int, layer: nn.Module, hidden: Tensor) -> Tensor:
         batch = self.batches[index]
-        output: Tensor = layer(hidden, batch, self._rotary(batch, hidden.dtype))
+        output: Tensor = layer(hidden.to(batch.token_ids.device), batch, self._rotary(batch, hidden.dtype))
         return output
 
 

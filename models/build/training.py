@@ -85,7 +85,12 @@ def train_layers(
         clips = _clips(config, method, layer)
         modules.append({
             path: trainable_linear(
-                _own_method(config, path, built), built, clips.get(path), generator=generator, precision=precision
+                _own_method(config, path, built),
+                built,
+                clips.get(path),
+                generator=generator,
+                precision=precision,
+                use_checkpointing=config.training.use_checkpointing,
             )
             for path, built in layer.sources.items()
         })  # fmt: skip

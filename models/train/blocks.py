@@ -52,7 +52,8 @@ class BlockTrainer:
 
     def backward(self, batch: TrainingBatch, progress: float) -> float:
         """Gradients of the relative error and the penalties; see ``Objective``."""
-        loss = relative_error(batch.run(use_checkpointing=self._config.use_checkpointing), batch.targets)
+        outputs = batch.run(use_checkpointing=self._config.use_checkpointing)
+        loss = relative_error(outputs, batch.targets)
         for linear in self._linears.values():
             assert isinstance(linear, TrainableLinear)  # noqa: S101 - that is what they were made of
             if linear.penalty_of_rounding is not None:
@@ -101,5 +102,6 @@ def factor_learning_rate(method: Qer, config: TrainingConfig) -> float:
 
 
 def relative_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """``|y - t|^2 / |t|^2``."""
+    """``|y - t|^2 / |t|^2``; ``targets`` may be in the host's memory."""
+    targets = targets.to(outputs.device)
     return (outputs - targets).square().sum() / targets.square().sum()

@@ -46,8 +46,10 @@ class TrainableCodes(nn.Module, ABC):
 
     def __init__(self, base: IntegerBase) -> None:
         super().__init__()
-        self.register_buffer("_codes", base.codes, persistent=False)
-        self.register_buffer("_fraction", base.fraction, persistent=False)
+        # A byte each: they are the largest part of what a layer in training holds.
+        self.register_buffer("_codes", base.codes.to(torch.uint8), persistent=False)
+        fraction = None if base.fraction is None else base.fraction.to(torch.int8)
+        self.register_buffer("_fraction", fraction, persistent=False)
         self._codes: Tensor
         self._fraction: Tensor | None
         self._fraction_bits, self._max_code = base.fraction_bits, base.max_code
@@ -55,7 +57,8 @@ class TrainableCodes(nn.Module, ABC):
     @property
     def base(self) -> IntegerBase:
         """What the factors are merged into, where the module is."""
-        return IntegerBase(self._codes, self._fraction, self._fraction_bits, self._max_code)
+        fraction = None if self._fraction is None else self._fraction.to(torch.int32)
+        return IntegerBase(self._codes.to(torch.int32), fraction, self._fraction_bits, self._max_code)
 
     @abstractmethod
     def values(self) -> Tensor:
@@ -73,7 +76,7 @@ class TrainableCodes(nn.Module, ABC):
     def _clamped(self, moved: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Codes within the grid, gradient inside it only, and the overflow beyond it; ``moved`` stands in for V."""
         exact = straight(moved, values)
-        codes = exact.clamp(0, self.base.max_code)
+        codes = exact.clamp(0, self._max_code)
         return codes, exact - codes
 
 
@@ -91,7 +94,7 @@ class FixedCodes(TrainableCodes):
 
     def forward(self) -> tuple[Tensor, Penalties]:
         """The base's codes; nothing is lost."""
-        return self.base.codes.float(), Penalties()
+        return self._codes.float(), Penalties()
 
 
 class IntegerFactors(TrainableCodes):
@@ -126,13 +129,13 @@ class IntegerFactors(TrainableCodes):
         return self._merge(exact_product(*self.integers()))
 
     def _merge(self, product: Tensor) -> Tensor:
-        is_on = self.shift < SWITCHED_OFF
+        base = self.base
         if self._options.merge == "ternary":
-            return ternary_merge(self.base, product, self._threshold)
+            return ternary_merge(base, product, self._threshold)
         if self._options.merge == "fixed-point":
-            merged = fixed_point_merge(self.base, product, int(self.shift.amin()))
-            return torch.where(is_on, merged, self.base.codes)
-        return shift_merge(self.base, product, self.shift)
+            merged = fixed_point_merge(base, product, int(self.shift.amin()))
+            return torch.where(self.shift < SWITCHED_OFF, merged, base.codes)
+        return shift_merge(base, product, self.shift)
 
     @property
     def _threshold(self) -> float:
@@ -167,11 +170,11 @@ class InsideRounding(TrainableCodes):
         self.lora_down = nn.Parameter(lora_down.float())
 
     def _position(self) -> Tensor:
-        fraction = self.base.fraction
+        base, fraction = self.base, self._fraction
         assert fraction is not None  # noqa: S101 - made with one
         with torch.autocast(self.lora_up.device.type, enabled=False):
             product = self.lora_up @ self.lora_down
-        return self.base.codes + fraction * 2.0**-self.base.fraction_bits + product / self.lora_up.shape[1]
+        return base.codes + fraction * 2.0**-base.fraction_bits + product / self.lora_up.shape[1]
 
     @torch.no_grad()
     def values(self) -> Tensor:

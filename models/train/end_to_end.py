@@ -82,7 +82,7 @@ class ScaleTrainer:
 
         The gradient by the logits is the difference of the two distributions: no logits are kept for a way back.
         """
-        teacher = self._norm(targets)
+        teacher = self._norm(targets.to(normed.device))
         gradient, total = torch.zeros_like(normed), 0.0
         for start in range(0, len(normed), _LOGIT_ROWS):
             rows = slice(start, start + _LOGIT_ROWS)

@@ -52,6 +52,7 @@ def trainable_linear(
     *,
     generator: torch.Generator,
     precision: torch.dtype,
+    use_checkpointing: bool = False,
 ) -> TrainableLinear:
     """The trainable form of ``built``; as long as nothing is trained it computes what ``built`` does.
 
@@ -64,6 +65,7 @@ def trainable_linear(
         clip: of the input, shared with the layers that read the same; None: activations are not quantized.
         generator: of the random factors, on the CPU.
         precision: of products with activations.
+        use_checkpointing: form weights once more on the way back instead of keeping what they were formed from.
 
     Raises:
         CalibrationError: a statistic is missing.
@@ -77,7 +79,15 @@ def trainable_linear(
     else:
         codes = trainable_codes(method, weight, base, built.statistics, generator)
         module = MergedWeight(codes, base, use_scales=method.options.use_scales)
-    return TrainableLinear(module, built.weights, clip, mean_square.to(weight.device), precision).to(weight.device)
+    linear = TrainableLinear(
+        module,
+        built.weights,
+        clip,
+        mean_square.to(weight.device),
+        precision=precision,
+        use_checkpointing=use_checkpointing,
+    )
+    return linear.to(weight.device)
 
 
 def trainable_codes(

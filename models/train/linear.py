@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..scheme import ActivationScheme
 from ..transform.inputs import InputTransform
@@ -46,6 +47,7 @@ class TrainableLinear(nn.Module):
         clip: of its input; None: activations are not quantized.
         mean_square: (in_features,), of the input: with the square of a level it weighs the penalties.
         precision: dtype of the product.
+        use_checkpointing: form the weight once more on the way back instead of keeping what it was formed from.
     """
 
     def __init__(
@@ -54,13 +56,16 @@ class TrainableLinear(nn.Module):
         built: LinearWeights,
         clip: ActivationClip | None,
         mean_square: Tensor,
+        *,
         precision: torch.dtype,
+        use_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.weight = weight
         self.clip = clip
         self._built = built
         self._precision = precision
+        self._use_checkpointing = use_checkpointing
         device = mean_square.device
         scale, order, bias = built.input_scale, built.channel_order, built.bias
         self._inputs = InputTransform(
@@ -69,35 +74,42 @@ class TrainableLinear(nn.Module):
             built.rotation_block,
         )
         self._bias = None if bias is None else bias.to(device)
-        self._importance = _importance(weight, mean_square.float()) if isinstance(weight, MergedWeight) else None
+        self._mean_square = mean_square.float()
+        energy = float(self._importance().mean())
+        self._energy = energy if energy > 0 else 1.0
         self.penalty_of_rounding: Tensor | None = None
         self.penalty_of_overflow: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (num_tokens, in_features) float32 -> (num_tokens, out_features) float32."""
-        weight, penalties = self.weight()
+        if self._use_checkpointing and torch.is_grad_enabled():
+            formed = checkpoint(self._formed, use_reentrant=False)
+        else:
+            formed = self._formed()
+        weight, self.penalty_of_rounding, self.penalty_of_overflow = formed
         x = self._inputs.apply(x)
         x = x if self.clip is None else self.clip(x)
-        self.penalty_of_rounding = self._weighed(penalties.rounding)
-        self.penalty_of_overflow = self._weighed(penalties.overflow)
-        product = F.linear(x.to(self._precision), weight.to(self._precision)).to(x.dtype)
+        product = F.linear(x.to(self._precision), weight).to(x.dtype)
         return product if self._bias is None else product + self._bias
 
+    def _formed(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The weight as it is multiplied with, and its penalties."""
+        weight, penalties = self.weight()
+        return weight.to(self._precision), self._weighed(penalties.rounding), self._weighed(penalties.overflow)
+
     def _weighed(self, lost: Tensor | None) -> Tensor | None:
-        """Mean of the squares of ``lost``, weighed by what they do to the output's energy."""
-        if lost is None or self._importance is None or not lost.requires_grad:
+        """Mean of the squares of ``lost`` (in levels), weighed by what they do to the output's energy."""
+        if lost is None or not lost.requires_grad:
             return None
-        return (lost.square() * self._importance).mean()
+        return (lost.square() * self._importance()).mean() / self._energy
+
+    def _importance(self) -> Tensor:
+        """``d_j s_i^2``, what a level of each weight does to the output's energy: (out_features, in_features)."""
+        level = self.weight.level if isinstance(self.weight, MergedWeight) else 1.0
+        return self._mean_square * level**2
 
     @torch.no_grad()
     def merged(self) -> LinearWeights:
         """What ships: a plain quantized layer."""
         activations = self._built.activations if self.clip is None else self.clip.merged
         return replace(self._built, quantized=self.weight.merged(), activations=activations)
-
-
-def _importance(weight: MergedWeight, mean_square: Tensor) -> Tensor:
-    """``d_j s_i^2`` over its mean, (out_features, in_features)."""
-    importance = weight.level.square() * mean_square
-    mean = importance.mean()
-    return importance / torch.where(mean > 0, mean, 1.0)

@@ -24,6 +24,8 @@ Block = Callable[[Tensor], Tensor]
 class TrainingBatch:
     """One step's hidden states, each (num_tokens, hidden_size) float32, and how the decoder layers run on them.
 
+    They may be in the host's memory; the blocks take them to their device.
+
     inputs:  of the first layer in training, from quantized layers
     targets: what the dense network's layers put out after the last of them
     blocks:  the layers in training, in order

@@ -32,7 +32,7 @@ class Case:
                 LinearWeights(it),
                 None,
                 torch.ones(WIDTH),
-                torch.float32,
+                precision=torch.float32,
             )
             for index, it in enumerate(quantized)
         }

@@ -221,3 +221,25 @@ def test_the_merged_layer_survives_the_artifact(merge: str, scheme: QuantScheme,
     assert_equal(read, merged)
     assert read.activations == merged.activations
     assert torch.equal(served(read, x), linear(x))
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_forming_the_weight_once_more_on_the_way_back_changes_no_gradient(merge: str) -> None:
+    built, x = built_linear(SCHEMES[1], ACTIVATIONS[1], ""), torch.randn(5, IN)
+    gradients = []
+    for use_checkpointing in (False, True):
+        assert built.weights.activations is not None
+        clip = ActivationClip(built.weights.activations, is_trained=True)
+        generator = torch.Generator().manual_seed(3)
+        linear = trainable_linear(
+            qer(merge), built, clip, generator=generator, precision=torch.float32, use_checkpointing=use_checkpointing
+        )
+        loss = linear(x).square().sum()
+        for penalty in (linear.penalty_of_rounding, linear.penalty_of_overflow):
+            loss = loss if penalty is None else loss + penalty
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients.append({name: it.grad for name, it in linear.named_parameters() if it.grad is not None})
+    assert gradients[0]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name])
