@@ -103,5 +103,7 @@ def automatic_name(path: str, value: object) -> str:
 
 def _word(value: object) -> str:
     """``value`` with the characters that a name may have."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, int | float):  # with its sign: a group size of -1 is not one of 1
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    text = str(value)
     return re.sub(r"[^A-Za-z0-9._+=-]+", "-", text).strip("-") or "x"

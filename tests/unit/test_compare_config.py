@@ -130,6 +130,8 @@ def test_templates_name_recipes_by_any_setting():
         "name_template": "{reconstruct.method}-{scheme.num_bits}bit-{reconstruct.rank}",
     }
     assert names(grid=[grid]) == ["qera-exact-4bit-4", "qera-exact-4bit-8"]
+    grouped = {"axes": {"scheme.group_size": [64, -1]}, "name_template": "g{scheme.group_size}"}
+    assert names(grid=[grouped]) == ["g64", "g-1"]
     with pytest.raises(SchemeError, match=r"name_template: there is no 'scheme\.bits'"):
         names(grid=[grid | {"name_template": "{scheme.bits}"}])
 
