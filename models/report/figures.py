@@ -10,6 +10,9 @@ from .layer_figures import depth_figure, layer_figure, rank_figure, spectrum_fig
 from .result import Comparison, RecipeResult
 from .table import MIB, front_names
 
+_HEADROOM = 1.15
+"""How far above the worst of the recipes that matter the axis of perplexity goes at first."""
+
 
 def figures(comparison: Comparison) -> list[Figure]:
     """Every figure that ``comparison`` has data for."""
@@ -28,7 +31,8 @@ def perplexity_figure(comparison: Comparison, number: int, text: str) -> Figure 
     front = set(front_names(comparison, text))
     traces = list(_recipe_points(rows, text))
     traces += _front_line([row for row in rows if row.name in front], text)
-    if external := [item for item in comparison.external if item.text == text]:
+    external = [item for item in comparison.external if item.text == text]
+    if external:
         traces.append(
             {
                 "type": "scatter",
@@ -53,6 +57,11 @@ def perplexity_figure(comparison: Comparison, number: int, text: str) -> Figure 
         "Lower and further left is better. The line joins the recipes that no other beats in both. Bits count codes, "
         "scales, zero points and factors."
     )
+    shown = [row.perplexity(text) or 0.0 for row in rows if row.name in front] + [it.perplexity for it in external]
+    num_above = sum((row.perplexity(text) or 0.0) > _HEADROOM * max(shown) for row in rows)
+    if dense and math.isfinite(dense) and num_above:
+        layout["yaxis"]["range"] = [math.log10(dense / 1.03), math.log10(_HEADROOM * max(shown))]
+        caption += f" {num_above} of them lie above what is shown; a double click shows all."
     return Figure(f"perplexity-{number}", f"Perplexity of {text} against size", caption, traces, layout)
 
 

@@ -198,3 +198,12 @@ def test_the_scripts_are_valid_javascript(page, tmp_path):
             file.write_text(content, encoding="utf-8")
             done = subprocess.run(["node", "--check", str(file)], capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
+
+
+def test_one_ruined_recipe_does_not_flatten_the_others_and_the_caption_says_so():
+    good, ruined = recipe("good", 4.0, 25.0), recipe("ruined", 4.5, 900.0)
+    figure = perplexity_figure(comparison(dense(), good, ruined), 0, "wiki")
+    low, high = (10**exponent for exponent in figure.layout["yaxis"]["range"])
+    assert low < dense().perplexity("wiki") < 25.0 < high < 900.0
+    assert "1 of them lie above what is shown" in figure.caption
+    assert "range" not in perplexity_figure(comparison(dense(), good), 0, "wiki").layout["yaxis"]
