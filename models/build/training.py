@@ -128,7 +128,7 @@ def _clips(config: BuildConfig, method: Qer, layer: BuiltLayer) -> dict[str, Act
     is_trained = method.options.use_clips and config.activations.format == "int"
     clips: dict[str, ActivationClip] = {}
     for children in INPUT_OWNERS.values():
-        clip = ActivationClip(config.activations, is_trained=is_trained).to(device)
+        clip = ActivationClip(config.activations, is_trained=is_trained, num_readers=len(children)).to(device)
         clips |= {f"model.layers.{layer.index}.{child}": clip for child in children}
     return clips
 

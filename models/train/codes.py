@@ -5,6 +5,7 @@ the gradient of the product of the factors before any rounding.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -23,6 +24,8 @@ from ..reconstruct.merge import (
 from ..reconstruct.qer import QerOptions
 from ..types import QuantizedWeight
 from .straight import straight, straight_round
+
+_VALUES_AT_ONCE = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +60,46 @@ class TrainableCodes(nn.Module, ABC):
     @property
     def base(self) -> IntegerBase:
         """What the factors are merged into, where the module is."""
-        fraction = None if self._fraction is None else self._fraction.to(torch.int32)
-        return IntegerBase(self._codes.to(torch.int32), fraction, self._fraction_bits, self._max_code)
+        return self._rows_of_base(slice(None))
+
+    def _rows_of_base(self, rows: slice) -> IntegerBase:
+        fraction = None if self._fraction is None else self._fraction[rows].to(torch.int32)
+        return IntegerBase(self._codes[rows].to(torch.int32), fraction, self._fraction_bits, self._max_code)
+
+    @property
+    def row_slices(self) -> list[slice]:
+        """Output channels that are merged at a time: few enough for the temporaries to stay in the processor's cache.
+
+        The same for the training as for the merge, since a product of floats depends on how it is cut.
+        """
+        step = max(1, _VALUES_AT_ONCE // self._codes.shape[1])
+        return [slice(start, start + step) for start in range(0, self._codes.shape[0], step)]
 
     @abstractmethod
-    def values(self) -> Tensor:
-        """V, the merged integers before the clamp, int32; no gradient."""
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """What is multiplied: (out_features, rank) and (rank, in_features), with gradients."""
 
     @abstractmethod
+    def _values(self, rows: slice, up: Tensor, down: Tensor) -> Tensor:
+        """V of ``rows``, int32; no gradient."""
+
+    @abstractmethod
+    def part(self, rows: slice, up: Tensor, down: Tensor) -> tuple[Tensor, Penalties]:
+        """Clamped codes of ``rows`` float32 with gradients, and what the merge loses; ``up, down = factors()``."""
+
     def forward(self) -> tuple[Tensor, Penalties]:
         """Clamped codes (out_features, in_features) float32 with gradients, and what the merge loses."""
+        factors = self.factors()
+        codes, penalties = zip(*(self.part(rows, *factors) for rows in self.row_slices), strict=True)
+        return torch.cat(codes), Penalties(
+            joined([penalty.rounding for penalty in penalties]), joined([penalty.overflow for penalty in penalties])
+        )
+
+    @torch.no_grad()
+    def values(self) -> Tensor:
+        """V, the merged integers before the clamp, int32; no gradient."""
+        factors = self.factors()
+        return torch.cat([self._values(rows, *factors) for rows in self.row_slices])
 
     @torch.no_grad()
     def merged(self) -> Tensor:
@@ -80,6 +113,12 @@ class TrainableCodes(nn.Module, ABC):
         return codes, exact - codes
 
 
+def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """``parts`` one below the other; None where there are none."""
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
+
+
 class FixedCodes(TrainableCodes):
     """Nothing to train: the control."""
 
@@ -88,13 +127,16 @@ class FixedCodes(TrainableCodes):
         """The codes of ``quantized``, a byte each."""
         return cls(IntegerBase(quantized.codes, None, 0, quantized.scheme.max_code))
 
-    def values(self) -> Tensor:
-        """The base's codes."""
-        return self.base.codes
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """None of either."""
+        return self._codes.new_empty(len(self._codes), 0), self._codes.new_empty(0, self._codes.shape[1])
 
-    def forward(self) -> tuple[Tensor, Penalties]:
+    def _values(self, rows: slice, up: Tensor, down: Tensor) -> Tensor:
+        return self._codes[rows].to(torch.int32)
+
+    def part(self, rows: slice, up: Tensor, down: Tensor) -> tuple[Tensor, Penalties]:
         """The base's codes; nothing is lost."""
-        return self._codes.float(), Penalties()
+        return self._codes[rows].float(), Penalties()
 
 
 class IntegerFactors(TrainableCodes):
@@ -116,47 +158,46 @@ class IntegerFactors(TrainableCodes):
         self.lora_down = nn.Parameter(lora_down.float())
         self.register_buffer("shift", shift.to(torch.int32))
         self.shift: Tensor
+        self._common_shift = int(shift.min())
 
-    def integers(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor]:
         """A and B, integers in float32, with straight-through gradients inside ``-Q .. Q``."""
         bounded = (latent.clamp(-self._largest, self._largest) for latent in (self.lora_up, self.lora_down))
         up, down = (straight_round(latent) for latent in bounded)
         return up, down
 
-    @torch.no_grad()
-    def values(self) -> Tensor:
-        """V by the integer merge."""
-        return self._merge(exact_product(*self.integers()))
+    def _values(self, rows: slice, up: Tensor, down: Tensor) -> Tensor:
+        return self._merge(rows, exact_product(up[rows], down))
 
-    def _merge(self, product: Tensor) -> Tensor:
-        base = self.base
+    def _merge(self, rows: slice, product: Tensor) -> Tensor:
+        base, shift = self._rows_of_base(rows), self.shift[rows]
         if self._options.merge == "ternary":
             return ternary_merge(base, product, self._threshold)
-        if self._options.merge == "fixed-point":
-            merged = fixed_point_merge(base, product, int(self.shift.amin()))
-            return torch.where(self.shift < SWITCHED_OFF, merged, base.codes)
-        return shift_merge(base, product, self.shift)
+        if self._options.merge != "fixed-point":
+            return shift_merge(base, product, shift)
+        is_on = shift < SWITCHED_OFF
+        merged = fixed_point_merge(base, product, self._common_shift)
+        return merged if bool(is_on.all()) else torch.where(is_on, merged, base.codes)
 
     @property
     def _threshold(self) -> float:
         return self._options.threshold * self.lora_up.shape[1]
 
-    def _slope(self) -> Tensor | float:
+    def _slope(self, rows: slice) -> Tensor | float:
         """Levels per step of the product."""
         if self._options.merge == "ternary":
             return 1 / self._threshold
-        return torch.where(self.shift < SWITCHED_OFF, torch.exp2(-self.shift.float()), 0.0)
+        shift = self.shift[rows]
+        return torch.where(shift < SWITCHED_OFF, torch.exp2(-shift.float()), 0.0)
 
-    def forward(self) -> tuple[Tensor, Penalties]:
-        """As ``TrainableCodes.forward``."""
-        up, down = self.integers()
+    def part(self, rows: slice, up: Tensor, down: Tensor) -> tuple[Tensor, Penalties]:
+        """As ``TrainableCodes.part``."""
         # bfloat16 products under autocast would not be exact.
         with torch.autocast(up.device.type, enabled=False):
-            product = up @ down
-        slope = self._slope()
-        codes, overflow = self._clamped(product * slope, self._merge(product.detach().to(torch.int32)))
-        with torch.autocast(up.device.type, enabled=False):
-            unrounded = self.lora_up @ self.lora_down
+            product = up[rows] @ down
+            unrounded = self.lora_up[rows] @ self.lora_down
+        slope = self._slope(rows)
+        codes, overflow = self._clamped(product * slope, self._merge(rows, product.detach().to(torch.int32)))
         # The integers hold still: a penalty that moved them with the latents would draw these nowhere.
         return codes, Penalties((product.detach() - unrounded) * slope, overflow)
 
@@ -169,24 +210,26 @@ class InsideRounding(TrainableCodes):
         self.lora_up = nn.Parameter(lora_up.float())
         self.lora_down = nn.Parameter(lora_down.float())
 
-    def _position(self) -> Tensor:
-        base, fraction = self.base, self._fraction
-        assert fraction is not None  # noqa: S101 - made with one
-        with torch.autocast(self.lora_up.device.type, enabled=False):
-            product = self.lora_up @ self.lora_down
-        return base.codes + fraction * 2.0**-base.fraction_bits + product / self.lora_up.shape[1]
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The factors as they are."""
+        return self.lora_up, self.lora_down
 
-    @torch.no_grad()
-    def values(self) -> Tensor:
-        """V of the factors as they are."""
-        return self._rounded(self._position())
+    def _position(self, rows: slice, up: Tensor, down: Tensor) -> Tensor:
+        assert self._fraction is not None  # noqa: S101 - made with one
+        with torch.autocast(up.device.type, enabled=False):
+            product = up[rows] @ down
+        return self._codes[rows] + self._fraction[rows] * 2.0**-self._fraction_bits + product / up.shape[1]
 
-    @staticmethod
-    def _rounded(position: Tensor) -> Tensor:
-        return torch.floor(position + 0.5).to(torch.int32)
+    def _values(self, rows: slice, up: Tensor, down: Tensor) -> Tensor:
+        return _nearest(self._position(rows, up, down))
 
-    def forward(self) -> tuple[Tensor, Penalties]:
-        """As ``TrainableCodes.forward``; float factors lose nothing by themselves."""
-        position = self._position()
-        codes, overflow = self._clamped(position, self._rounded(position.detach()))
+    def part(self, rows: slice, up: Tensor, down: Tensor) -> tuple[Tensor, Penalties]:
+        """As ``TrainableCodes.part``; float factors lose nothing by themselves."""
+        position = self._position(rows, up, down)
+        codes, overflow = self._clamped(position, _nearest(position.detach()))
         return codes, Penalties(None, overflow)
+
+
+def _nearest(position: Tensor) -> Tensor:
+    """To the nearest integers, halves upwards."""
+    return torch.floor(position + 0.5).to(torch.int32)

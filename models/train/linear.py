@@ -1,6 +1,9 @@
 """One linear layer while its decoder layer is trained."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -9,26 +12,43 @@ from torch.utils.checkpoint import checkpoint
 
 from ..scheme import ActivationScheme
 from ..transform.inputs import InputTransform
-from ..types import LinearWeights
+from ..types import LinearWeights, QuantizedWeight
 from .straight import bounded_clip, quantize_straight
 from .weight import MergedWeight, RequantizedWeight
+
+_Formed: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
+"""A weight as it is multiplied with, and its penalties of rounding and overflow."""
 
 
 class ActivationClip(nn.Module):
     """The clip ratio of a quantized input, shared by the layers that read it.
 
-    ratio: scalar float32, starts as the scheme has it; block formats have none to train
+    ratio:       scalar float32, starts as the scheme has it; block formats have none to train
+    num_readers: linear layers that read the input
     """
 
-    def __init__(self, scheme: ActivationScheme, *, is_trained: bool) -> None:
+    def __init__(self, scheme: ActivationScheme, *, is_trained: bool, num_readers: int = 1) -> None:
         super().__init__()
         self.scheme = scheme
         is_trained = is_trained and scheme.format == "int"
         self.ratio = nn.Parameter(torch.tensor(float(scheme.clip_ratio)), requires_grad=is_trained)
+        self._num_readers = num_readers
+        self._kept: tuple[Tensor, Tensor] | None = None
+        self._num_left = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (num_tokens, in_features) quantized."""
         return quantize_straight(x, self.scheme, self.ratio)
+
+    def prepared(self, x: Tensor, transform: InputTransform) -> Tensor:
+        """``x`` transformed and quantized; once for all that read it, who ask one after the other."""
+        if self._kept is None or self._kept[0] is not x:
+            self._kept, self._num_left = (x, self(transform.apply(x))), self._num_readers
+        prepared = self._kept[1]
+        self._num_left -= 1
+        if self._num_left == 0:
+            self._kept = None
+        return prepared
 
     @property
     def merged(self) -> ActivationScheme:
@@ -75,41 +95,67 @@ class TrainableLinear(nn.Module):
         )
         self._bias = None if bias is None else bias.to(device)
         self._mean_square = mean_square.float()
-        energy = float(self._importance().mean())
-        self._energy = energy if energy > 0 else 1.0
+        self._energy = _energy(built.quantized, self._mean_square)
+        self._frozen: _Formed | None = None
         self.penalty_of_rounding: Tensor | None = None
         self.penalty_of_overflow: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (num_tokens, in_features) float32 -> (num_tokens, out_features) float32."""
-        if self._use_checkpointing and torch.is_grad_enabled():
+        if self._frozen is not None:
+            formed = self._frozen
+        elif self._use_checkpointing and torch.is_grad_enabled():
             formed = checkpoint(self._formed, use_reentrant=False)
         else:
             formed = self._formed()
         weight, self.penalty_of_rounding, self.penalty_of_overflow = formed
-        x = self._inputs.apply(x)
-        x = x if self.clip is None else self.clip(x)
+        x = self._inputs.apply(x) if self.clip is None else self.clip.prepared(x, self._inputs)
         product = F.linear(x.to(self._precision), weight).to(x.dtype)
         return product if self._bias is None else product + self._bias
 
-    def _formed(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within it the weight is formed once and for all, without gradients."""
+        with torch.no_grad():
+            self._frozen = self._formed()
+        try:
+            yield
+        finally:
+            self._frozen = None
+
+    def _formed(self) -> _Formed:
         """The weight as it is multiplied with, and its penalties."""
-        weight, penalties = self.weight()
-        return weight.to(self._precision), self._weighed(penalties.rounding), self._weighed(penalties.overflow)
+        weights, rounding, overflow = [], [], []
+        for part in self.weight.parts():
+            weights.append(part.weight.to(self._precision))
+            rounding.append(self._weighed(part.penalties.rounding, part.level))
+            overflow.append(self._weighed(part.penalties.overflow, part.level))
+        return torch.cat(weights), _total(rounding), _total(overflow)
 
-    def _weighed(self, lost: Tensor | None) -> Tensor | None:
-        """Mean of the squares of ``lost`` (in levels), weighed by what they do to the output's energy."""
-        if lost is None or not lost.requires_grad:
+    def _weighed(self, lost: Tensor | None, level: Tensor | None) -> Tensor | None:
+        """Sum of the squares of ``lost`` (rows, in_features), in levels, as a share of what a level of every weight
+        does to the output's energy: ``d_j s_i^2`` summed.
+        """
+        if lost is None or level is None or not lost.requires_grad:
             return None
-        return (lost.square() * self._importance()).mean() / self._energy
-
-    def _importance(self) -> Tensor:
-        """``d_j s_i^2``, what a level of each weight does to the output's energy: (out_features, in_features)."""
-        level = self.weight.level if isinstance(self.weight, MergedWeight) else 1.0
-        return self._mean_square * level**2
+        num_rows, num_groups, _one = level.shape
+        squares = lost.square().view(num_rows, num_groups, -1) * self._mean_square.view(num_groups, -1)
+        return (squares.sum(-1, keepdim=True) * level.square()).sum() / self._energy
 
     @torch.no_grad()
     def merged(self) -> LinearWeights:
         """What ships: a plain quantized layer."""
         activations = self._built.activations if self.clip is None else self.clip.merged
         return replace(self._built, quantized=self.weight.merged(), activations=activations)
+
+
+def _energy(quantized: QuantizedWeight, mean_square: Tensor) -> float:
+    """``d_j s_i^2`` summed over the weight; 1 where that is nothing."""
+    scale = quantized.scale.float().to(mean_square.device)
+    energy = float((scale.square() * mean_square.view(scale.shape[1], -1).sum(-1)).sum())
+    return energy if energy > 0 else 1.0
+
+
+def _total(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.stack(present).sum() if present else None

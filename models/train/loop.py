@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import TrainingConfig
 from ..errors import CalibrationError
+from .linear import TrainableLinear
 
 _BETAS = (0.9, 0.95)
 
@@ -132,12 +134,20 @@ class Training:
         self.module.load_state_dict(kept)
         return TrainingResult(before, best, num_steps)
 
+    @property
+    def linears(self) -> list[TrainableLinear]:
+        """What is trained."""
+        return [module for module in self.module.modules() if isinstance(module, TrainableLinear)]
+
     @torch.no_grad()
     def _check(self, batches: Sequence[TrainingBatch]) -> float:
         """Mean loss over evenly spaced batches, the same every time."""
         count = min(len(batches), self.config.num_check_batches)
         chosen = [batches[index * len(batches) // count] for index in range(count)]
-        return sum(self.objective.measure(batch) for batch in chosen) / count
+        with ExitStack() as stack:
+            for linear in self.linears:
+                stack.enter_context(linear.frozen())
+            return sum(self.objective.measure(batch) for batch in chosen) / count
 
     def _require_finite(self, loss: float, when: str) -> None:
         if not math.isfinite(loss):

@@ -53,9 +53,11 @@ class _Quantize(torch.autograd.Function):
         return quantized
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, quantized = ctx.saved_tensors
         gradient = gradients[0]
+        if ctx.ratio == 1 and not ctx.needs_input_grad[1]:
+            return gradient, None, None
         is_inside = _is_inside(x, ctx.scheme, ctx.ratio)
         # x' = s q with s proportional to the ratio c: dx'/dc is (x' - x) / c where q follows x / s, else x' / c.
         slope = torch.where(is_inside, quantized - x, quantized).div_(ctx.ratio)

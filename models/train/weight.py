@@ -1,5 +1,7 @@
 """Trainable forms of one quantized weight: codes with scales, or factors that the weight is quantized again with."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,11 +16,25 @@ _SMALLEST_SCALE = 2.0**-24
 _LARGEST_SCALE = 65504.0
 
 
+@dataclass(frozen=True, slots=True)
+class WeightPart:
+    """Some rows of a weight in training.
+
+    weight:    (rows, in_features) float32, with gradients
+    penalties: what their merge loses
+    level:     what one level is worth, (rows, num_groups, 1) float32; None: there are no levels
+    """
+
+    weight: Tensor
+    penalties: Penalties
+    level: Tensor | None
+
+
 class TrainableWeight(Protocol):
     """A module that runs as a dense weight and ends as a quantized one."""
 
-    def __call__(self) -> tuple[Tensor, Penalties]:
-        """The weight (out_features, in_features) float32 with gradients, and what its merge loses."""
+    def parts(self) -> Iterator[WeightPart]:
+        """The weight (out_features, in_features) float32 with gradients, some rows at a time."""
         ...
 
     def merged(self) -> QuantizedWeight:
@@ -51,18 +67,15 @@ class MergedWeight(nn.Module):
         scale = self._scale * self.log_scale.exp()
         return straight(scale, scale.detach().clamp(_SMALLEST_SCALE, _LARGEST_SCALE).half())
 
-    def forward(self) -> tuple[Tensor, Penalties]:
+    def parts(self) -> Iterator[WeightPart]:
         """As ``TrainableWeight``."""
-        codes, penalties = self.codes()
-        offset = self._offset if self._offset.dim() == 0 else self._offset[:, :, None]
-        steps = grouped(codes, self._base.scheme) - offset
-        return (steps * self._scales()[:, :, None]).flatten(1), penalties
-
-    @property
-    def level(self) -> Tensor:
-        """What one level is worth, (out_features, in_features) float32: penalties count in it."""
-        length = self._base.scheme.group_length(self._base.in_features)
-        return self._scale.repeat_interleave(length, 1)
+        factors, scales = self.codes.factors(), self._scales()
+        has_common_offset = self._offset.dim() == 0
+        for rows in self.codes.row_slices:
+            codes, penalties = self.codes.part(rows, *factors)
+            offset = self._offset if has_common_offset else self._offset[rows, :, None]
+            weight = ((grouped(codes, self._base.scheme) - offset) * scales[rows, :, None]).flatten(1)
+            yield WeightPart(weight, penalties, self._scale[rows, :, None])
 
     @torch.no_grad()
     def merged(self) -> QuantizedWeight:
@@ -98,9 +111,9 @@ class RequantizedWeight(nn.Module):
         with torch.autocast(self.lora_up.device.type, enabled=False):
             return self.lora_up @ self.lora_down / self.lora_up.shape[1]
 
-    def forward(self) -> tuple[Tensor, Penalties]:
-        """As ``TrainableWeight``; what is lost shows in the merge only."""
-        return self._dequantized + self._product(), Penalties()
+    def parts(self) -> Iterator[WeightPart]:
+        """As ``TrainableWeight``, in one part; what is lost shows in the merge only."""
+        yield WeightPart(self._dequantized + self._product(), Penalties(), None)
 
     @torch.no_grad()
     def merged(self) -> QuantizedWeight:

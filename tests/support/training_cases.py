@@ -16,6 +16,7 @@ from models.train.blocks import BlockTrainer
 from models.train.initial import BuiltLinear, trainable_linear
 from models.train.linear import ActivationClip, TrainableLinear
 from models.train.loop import TrainingBatch, TrainingResult
+from models.train.weight import TrainableWeight
 from models.types import InputStatistics, LinearWeights, QuantizedWeight
 from tests.support.qer_cases import qer
 
@@ -80,6 +81,11 @@ class Case:
         return float(sum(errors) / len(errors))
 
 
+def formed(weight: TrainableWeight) -> Tensor:
+    """The whole weight, with gradients."""
+    return torch.cat([part.weight for part in weight.parts()])
+
+
 def make_case(merge: str = "fixed-point", num_batches: int = 8, **options: Option) -> Case:
     """Quantized inputs beside dense targets; everything from its own generator, so that cases can be compared."""
     with torch.random.fork_rng():
@@ -89,7 +95,8 @@ def make_case(merge: str = "fixed-point", num_batches: int = 8, **options: Optio
         inputs = [torch.randn(24, HIDDEN) * torch.logspace(-1, 1, HIDDEN) for _ in range(num_batches)]
     target = Mlp(*[lambda x, w=weight: F.linear(x, w) for weight in dense.values()])
     method = qer(merge, 0 if merge == "none" else 4, **options)
-    shared, own = (ActivationClip(ACTIVATIONS, is_trained=method.options.use_clips) for _ in range(2))
+    is_trained = method.options.use_clips
+    shared, own = (ActivationClip(ACTIVATIONS, is_trained=is_trained, num_readers=count) for count in (2, 1))
     generator = torch.Generator().manual_seed(1)
     linears = {}
     for path, weight in dense.items():

@@ -22,6 +22,7 @@ from models.train.weight import MergedWeight, RequantizedWeight
 from models.types import LinearWeights, QuantizedWeight
 from tests.support.linear_oracle import expected_output
 from tests.support.qer_cases import SCHEMES, input_statistics, qer
+from tests.support.training_cases import formed
 
 MERGES = ["fixed-point", "shift", "direct", "ternary", "inside-rounding", "none", "requantize"]
 MERGED = [merge for merge in MERGES if merge != "requantize"]
@@ -96,7 +97,7 @@ def test_a_trained_layer_and_its_merged_form_put_out_the_same_bits(
     assert merged.correction is None
     assert merged.effective_bits == scheme.weight_bits(IN)
     assert merged.quantized.scale.dtype == torch.float16
-    assert torch.equal(linear.weight()[0], dequantize(merged.quantized))
+    assert torch.equal(formed(linear.weight), dequantize(merged.quantized))
     if merge != "none":
         assert not torch.equal(merged.quantized.codes, built.weights.quantized.codes)
     assert not torch.equal(merged.quantized.scale, built.weights.quantized.scale)
@@ -149,7 +150,7 @@ def test_what_requantization_ships_is_not_what_it_trained_but_what_the_base_quan
     weight = linear.weight
     assert isinstance(weight, RequantizedWeight)
     product = weight.lora_up.detach() @ weight.lora_down.detach() / 4
-    assert torch.allclose(weight()[0], dequantize(built.weights.quantized) + product, atol=1e-6)
+    assert torch.allclose(formed(weight), dequantize(built.weights.quantized) + product, atol=1e-6)
     assert_equal(linear.merged(), replace(built.weights, quantized=built.quantize(built.weight + product)))
     assert not torch.equal(linear(x), served(linear.merged(), x))
 
@@ -166,7 +167,7 @@ def test_the_product_has_the_precision_asked_for_and_the_output_that_of_the_inpu
 
 def scales_gradient(weight: MergedWeight, direction: Tensor) -> Tensor:
     assert weight.log_scale is not None
-    (gradient,) = torch.autograd.grad((weight()[0] * direction).sum(), weight.log_scale)
+    (gradient,) = torch.autograd.grad((formed(weight) * direction).sum(), weight.log_scale)
     return gradient.double()
 
 
@@ -197,7 +198,7 @@ def test_penalties_weigh_levels_by_what_they_do_to_the_output() -> None:
     linear(torch.randn(5, IN))
     weight, mean_square = linear.weight, built.statistics.mean_square
     assert isinstance(weight, MergedWeight) and isinstance(weight.codes, TrainableCodes) and mean_square is not None
-    _, lost = weight()
+    lost = weight.codes()[1]
     importance = built.weights.quantized.scale.double().repeat_interleave(32, 1).square() * mean_square
     importance /= importance.mean()
     for found, values in ((linear.penalty_of_rounding, lost.rounding), (linear.penalty_of_overflow, lost.overflow)):
