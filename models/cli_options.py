@@ -82,6 +82,7 @@ BUILD_OPTIONS = (
     BuildOption(
         "calibration_inputs", "calibration", "inputs", str, "quantized, sequential, dense. [default: quantized]"
     ),
+    BuildOption("shrinkage", "calibration", "shrinkage", float, "Share of correlations left out. [default: 0]"),
     BuildOption("seed", "calibration", "seed", int, "Seed of the self-written text. [default: 0]"),
     BuildOption("num_epochs", "training", "num_epochs", int, "qer: passes over the calibration set. [default: 1]"),
     BuildOption("num_blocks", "training", "num_blocks", int, "qer: decoder layers trained together. [default: 1]"),

@@ -106,6 +106,8 @@ class CalibrationConfig:
         the dense ones produce
     num_holdout: sequences kept apart from the statistics, on which the build measures perplexity
     num_gradient_sequences: sequences of which gradients are taken, where something needs them
+    shrinkage: share of the correlations between input channels that quantizers and methods do not see: few tokens
+        exaggerate them; not in the papers
     """
 
     source: str = "self"
@@ -116,6 +118,7 @@ class CalibrationConfig:
     inputs: Literal["quantized", "sequential", "dense"] = "quantized"
     num_gradient_sequences: int = 8
     seed: int = 0
+    shrinkage: float = 0.0
 
     def __post_init__(self) -> None:
         least = {
@@ -124,6 +127,8 @@ class CalibrationConfig:
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise SchemeError(f"calibration {name} is {getattr(self, name)}; choose {smallest} or more")
+        if not 0 <= self.shrinkage <= 1:
+            raise SchemeError(f"calibration shrinkage is {self.shrinkage}; choose a share from 0 to 1")
 
 
 @with_config(STRICT)

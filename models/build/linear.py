@@ -11,6 +11,7 @@ from ..reconstruct.regression import output_target, refit
 from ..scheme import QuantScheme
 from ..train.initial import BuiltLinear
 from ..transform.inputs import InputTransform
+from ..transform.shrink import shrink
 from ..types import InputStatistics, QuantizeFn
 from .recipe import LayerRecipe
 
@@ -21,6 +22,7 @@ class LinearBuilder:
     def __init__(self, config: BuildConfig) -> None:
         self._config = config
         self._bound: dict[QuantScheme, QuantizeFn] = {}
+        self._fitted: Tensor | None = None
 
     def build(
         self, weight: Tensor, statistics: InputStatistics, recipe: LayerRecipe
@@ -39,19 +41,30 @@ class LinearBuilder:
         wanted, inputs = weight, statistics
         if self._config.objective == "output":
             wanted, inputs = output_target(weight, statistics), _of_quantized_inputs(statistics)
-        quantize = self._quantize_fn(recipe, inputs)
-        order = recipe.reconstructor.channel_order(wanted, inputs)
+        fitted = self._shrunk(inputs, recipe.rotation_block)
+        quantize = self._quantize_fn(recipe, fitted)
+        order = recipe.reconstructor.channel_order(wanted, fitted)
         if order is not None:
             weight, wanted = weight[:, order], wanted[:, order]
             statistics, inputs = permute_statistics(statistics, order), permute_statistics(inputs, order)
-            quantize = recipe.quantizer.bind(inputs)
-        weights = recipe.reconstructor.reconstruct(wanted, inputs, quantize)
+            fitted = permute_statistics(fitted, order)
+            quantize = recipe.quantizer.bind(fitted)
+        weights = recipe.reconstructor.reconstruct(wanted, fitted, quantize)
         if self._config.reconstruct.refit and weights.correction is not None:
             weights = refit(weights, weight, statistics, self._config.reconstruct.factor_dtype)
         errors = layer_errors(wanted, weights, inputs)
         activations = self._config.activations
         weights = replace(weights, channel_order=order, rotation_block=recipe.rotation_block, activations=activations)
         return BuiltLinear(wanted, weights, inputs, quantize), errors
+
+    def _shrunk(self, statistics: InputStatistics, rotation_block: int) -> InputStatistics:
+        """What quantizer and method are fitted to; errors are measured with the statistics as they are."""
+        share, autocorrelation = self._config.calibration.shrinkage, statistics.autocorrelation
+        if share == 0 or autocorrelation is None:
+            return statistics
+        if self._fitted is None:
+            self._fitted = shrink(autocorrelation, share, rotation_block)
+        return replace(statistics, autocorrelation=self._fitted)
 
     def _quantize_fn(self, recipe: LayerRecipe, statistics: InputStatistics) -> QuantizeFn:
         if recipe.scheme not in self._bound:

@@ -46,6 +46,7 @@ class Fingerprints:
         parts, defaults = build.to_dict(), BuildConfig().to_dict()
         is_paired = not REQUIRES_REFIT.isdisjoint(required_statistics(build))
         names = ("calibration", "transform", *(["activations"] if is_paired else []))
+        parts["calibration"].pop("shrinkage")  # of what is fitted to the statistics, not of them
         settings = _chosen({name: parts[name] for name in names}, defaults)
         return _sha256([*self._statistics_common, settings, self._calibration(build.calibration)])
 

@@ -205,3 +205,24 @@ def test_a_budget_is_kept_and_used(build, base, target_bits):
     )
     report = build(config)
     assert target_bits - 0.35 <= report.effective_bits <= target_bits
+
+
+def test_without_any_correlation_gptq_rounds_to_nearest_and_qera_exact_is_the_approximate_one(build, base, tmp_path):
+    shrunk = replace(base, calibration=replace(base.calibration, shrinkage=1.0))
+    build(replace(shrunk, quantizer=QuantizerConfig("gptq")), "gptq")
+    build(base, "rtn")
+    build(replace(shrunk, reconstruct=ReconstructConfig("qera-exact", 8)), "exact")
+    build(replace(base, reconstruct=ReconstructConfig("qera-approx", 8)), "approx")
+    readers = {name: ArtifactReader.open(tmp_path / name) for name in ("gptq", "rtn", "exact", "approx")}
+    for path in readers["gptq"].manifest.linears:
+        codes = [readers[name].linear(path).quantized.codes for name in ("gptq", "rtn")]
+        assert torch.equal(*codes)
+        exact, approx = (effective_weight(readers[name].linear(path)) for name in ("exact", "approx"))
+        assert torch.allclose(exact, approx, atol=1e-2 * float(exact.abs().max()))
+    # errors are measured with the inputs as they were
+    errors = [
+        [record.relative_output_error for record in readers[name].manifest.linears.values()] for name in ("gptq", "rtn")
+    ]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-6)
+    for reader in readers.values():
+        reader.close()

@@ -11,7 +11,7 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.compare.config import CompareConfig, EvaluationConfig
+from models.compare.config import CompareConfig, EvaluationConfig, RecipeConfig
 from models.compare.fingerprint import Fingerprints
 from models.compare.grid import GridConfig, automatic_name, expand
 from models.compare.overlay import lookup, nested, overlay
@@ -214,6 +214,9 @@ def test_statistics_are_shared_unless_activations_are_quantized_for_them() -> No
     plain = BuildConfig(reconstruct=ReconstructConfig("lqer", 4), calibration=CalibrationConfig(inputs="dense"))
     quantized = replace(plain, activations=ActivationScheme(num_bits=4))
     assert prints.statistics(plain) == prints.statistics(quantized)
+    shrunk = replace(plain, calibration=replace(plain.calibration, shrinkage=0.5))
+    assert prints.statistics(plain) == prints.statistics(shrunk)
+    assert prints.recipe(RecipeConfig("a", plain)) != prints.recipe(RecipeConfig("a", shrunk))
     paired = replace(plain, objective="output"), replace(quantized, objective="output")
     assert prints.statistics(paired[0]) != prints.statistics(paired[1])
     rotated = replace(plain, transform=TransformConfig(rotation="online"))
