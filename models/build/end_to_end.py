@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,24 +12,23 @@ from ..calibration.data import CalibrationTokens
 from ..config import BuildConfig
 from ..llama.checkpoint import Checkpoint, DenseWeights
 from ..llama.model import DecoderLayer, RMSNorm
-from ..llama.rope import RotaryEmbedding
 from ..reconstruct.loss import layer_errors
 from ..train.codes import FixedCodes
 from ..train.end_to_end import ScaleTrainer
 from ..train.linear import ActivationClip, TrainableLinear
-from ..train.loop import TrainingBatch
 from ..train.weight import MergedWeight
 from ..transform.inputs import InputTransform
 from ..types import InputStatistics, LinearWeights
 from .observer import BuildObserver
+from .recipe import training_method
 from .stream import CalibrationStreams, HiddenStream
-from .training import trainable_layer
+from .training import product_dtype, trainable_layer, training_batches
 from .weights import LayerWeights, linear_module, write_layer
 
 
 def trains_end_to_end(config: BuildConfig) -> bool:
     """Whether ``config`` asks for the phase."""
-    return config.reconstruct.method == "qer" and config.training.end_to_end_epochs > 0
+    return training_method(config) is not None and config.training.end_to_end_epochs > 0
 
 
 def train_end_to_end(
@@ -85,16 +83,11 @@ class _Phase:
         self._checkpoint = checkpoint
         self._config = config
         self._writer = writer
-        self._tokens = tokens
+        self._start = CalibrationStreams.start(checkpoint, tokens, config.calibration, device)
         self._network = checkpoint.config.with_attention(config.attention)
         self._device = device
         self._dense = DenseWeights(checkpoint, torch.float32, device)
         self._layers = [writer.read_layer(index) for index in range(self._network.num_hidden_layers)]
-
-    def _embed(self, tokens: Tensor) -> HiddenStream:
-        embedding = self._checkpoint.tensor("model.embed_tokens.weight", narrow=True).to(self._device)
-        rotary = RotaryEmbedding(self._checkpoint.config, self._device)
-        return HiddenStream.embed(tokens, embedding, self._config.calibration.batch_size, rotary)
 
     def train(self, targets: HiddenStream, observer: BuildObserver) -> dict[str, Tensor]:
         """Scales by module path; ``targets`` is the calibration set at the dense network's end."""
@@ -103,11 +96,8 @@ class _Phase:
             trainable_layer(self._network, index, LayerWeights(self._dense, linears))
             for index in range(self._network.num_hidden_layers)
         ]
-        inputs = self._embed(self._tokens.statistics)
-        steps = zip(inputs.hidden, targets.hidden, inputs.passes, strict=True)
-        batches = [TrainingBatch(hidden, target, [partial(run, it) for it in blocks]) for hidden, target, run in steps]
-        eps = self._network.rms_norm_eps
-        norm = RMSNorm(self._dense.tensor("model.norm.weight"), eps)
+        batches = training_batches(blocks, self._start.statistics, targets)
+        norm = RMSNorm(self._dense.tensor("model.norm.weight"), self._network.rms_norm_eps)
         head = self._checkpoint.tensor(self._network.head_name, narrow=True).to(self._device)
         observer.phase("training scales", self._config.training.end_to_end_epochs * len(batches))
         trainer = ScaleTrainer(linears, norm, head, self._config.training)
@@ -121,9 +111,10 @@ class _Phase:
         quantized = weights.quantized
         clip = None if weights.activations is None else ActivationClip(weights.activations, is_trained=False)
         ones = torch.ones(quantized.in_features)
-        precision = torch.bfloat16 if self._config.training.precision == "bfloat16" else torch.float32
         merged = MergedWeight(FixedCodes.of(quantized), quantized, use_scales=True)
-        linear = TrainableLinear(merged, weights, clip, ones, precision=precision, use_checkpointing=True)
+        linear = TrainableLinear(
+            merged, weights, clip, ones, precision=product_dtype(self._config), use_checkpointing=True
+        )
         return linear.to(self._device)
 
     def apply(self, scales: Mapping[str, Tensor]) -> None:
@@ -145,7 +136,7 @@ class _Phase:
 
     def holdout(self) -> HiddenStream:
         """The holdout through the layers as they are now."""
-        holdout = self._embed(self._tokens.holdout)
+        holdout = self._start.holdout_quantized
         for index, weights in enumerate(self._layers):
             modules = {path: linear_module(path, it, self._device) for path, it in weights.items()}
             holdout.advance(DecoderLayer(self._network, index, LayerWeights(self._dense, modules)))

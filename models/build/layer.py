@@ -22,9 +22,9 @@ from ..train.loop import TrainingResult
 from ..types import InputStatistics, LinearWeights
 from .gradients import with_gradients
 from .linear import LinearBuilder
-from .recipe import LayerRecipe, collected_statistics, input_transforms
+from .recipe import LayerRecipe, collected_statistics, input_transforms, training_method
 from .stream import CalibrationStreams, HiddenStream
-from .training import BuiltLayer, train_layers, training_method
+from .training import BuiltLayer, train_layers
 from .weights import LayerWeights, linear_module, write_layer
 
 

@@ -11,7 +11,7 @@ from ..reconstruct.regression import output_target, refit
 from ..scheme import QuantScheme
 from ..train.initial import BuiltLinear
 from ..transform.inputs import InputTransform
-from ..transform.shrink import shrink
+from ..transform.shrink import shrunk
 from ..types import InputStatistics, QuantizeFn
 from .recipe import LayerRecipe
 
@@ -22,7 +22,7 @@ class LinearBuilder:
     def __init__(self, config: BuildConfig) -> None:
         self._config = config
         self._bound: dict[QuantScheme, QuantizeFn] = {}
-        self._fitted: Tensor | None = None
+        self._fitted: InputStatistics | None = None
 
     def build(
         self, weight: Tensor, statistics: InputStatistics, recipe: LayerRecipe
@@ -59,12 +59,9 @@ class LinearBuilder:
 
     def _shrunk(self, statistics: InputStatistics, rotation_block: int) -> InputStatistics:
         """What quantizer and method are fitted to; errors are measured with the statistics as they are."""
-        share, autocorrelation = self._config.calibration.shrinkage, statistics.autocorrelation
-        if share == 0 or autocorrelation is None:
-            return statistics
         if self._fitted is None:
-            self._fitted = shrink(autocorrelation, share, rotation_block)
-        return replace(statistics, autocorrelation=self._fitted)
+            self._fitted = shrunk(statistics, self._config.calibration.shrinkage, rotation_block)
+        return replace(statistics, autocorrelation=self._fitted.autocorrelation)
 
     def _quantize_fn(self, recipe: LayerRecipe, statistics: InputStatistics) -> QuantizeFn:
         if recipe.scheme not in self._bound:

@@ -4,10 +4,9 @@ from ..budget import check_budget
 from ..config import BuildConfig
 from ..errors import SchemeError
 from ..llama.config import LlamaConfig
-from ..reconstruct import get_reconstructor
 from ..reconstruct.qer import Qer
 from ..transform.hadamard import check_rotation
-from .recipe import LayerRecipe, required_statistics
+from .recipe import LayerRecipe, required_statistics, training_method
 
 
 def check_build(config: BuildConfig, network: LlamaConfig) -> None:
@@ -63,7 +62,7 @@ def _check_calibration(config: BuildConfig, network: LlamaConfig) -> None:
 
 
 def _check_training(config: BuildConfig) -> None:
-    if isinstance(get_reconstructor(config.reconstruct), Qer) and config.calibration.inputs == "dense":
+    if training_method(config) is not None and config.calibration.inputs == "dense":
         raise SchemeError(
             "method qer trains on the inputs that quantized layers give: choose calibration inputs quantized or "
             "sequential, not dense"

@@ -23,7 +23,7 @@ from .footprint import build_memory_bytes, component_bytes, kv_cache_bytes, resi
 from .observer import BuildObserver
 from .planned import Plan, PlannedLayer
 from .predictor import PLANNING_TOKENS, LossPredictor
-from .training import training_method
+from .recipe import training_method
 
 __all__ = ["PLANNING_TOKENS", "Plan", "PlannedLayer", "plan_layers"]
 

@@ -23,7 +23,7 @@ from ..llama.model import DecoderLayer
 from ..memory import return_freed_memory
 from ..reconstruct import get_reconstructor
 from ..transform.inputs import InputTransform
-from ..transform.shrink import shrink
+from ..transform.shrink import shrunk
 from ..types import InputStatistics, Statistic
 from .gradients import network_gradients, with_gradients
 from .observer import BuildObserver
@@ -126,7 +126,7 @@ class LossPredictor:
         options = {}
         fitted, judged = statistics
         for owner, children in INPUT_OWNERS.items():
-            shared = self._fitted_to(fitted[owner], transforms[owner].rotation_block)
+            shared = shrunk(fitted[owner], self.config.calibration.shrinkage, transforms[owner].rotation_block)
             shared = replace(shared, flattening=self.flattening.get(f"{prefix}.{owner}"))
             model = LossModel(self.config, shared, judged[owner])
             for child in children:
@@ -139,13 +139,6 @@ class LossPredictor:
                 except QerveError as error:
                     raise type(error)(f"{path}: {error}") from error
         return options
-
-    def _fitted_to(self, statistics: InputStatistics, rotation_block: int) -> InputStatistics:
-        """As the build's quantizers and methods see them."""
-        autocorrelation, share = statistics.autocorrelation, self.config.calibration.shrinkage
-        if autocorrelation is None:
-            return statistics
-        return replace(statistics, autocorrelation=shrink(autocorrelation, share, rotation_block))
 
     def _unit(self) -> float | None:
         """From ``tr(D E R E^T)`` to nats per predicted token; None: relative to the layer's output."""

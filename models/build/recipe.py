@@ -51,6 +51,12 @@ class LayerRecipe:
         )
 
 
+def training_method(config: BuildConfig) -> Qer | None:
+    """The method of ``config`` if it trains."""
+    method = get_reconstructor(config.reconstruct)
+    return method if isinstance(method, Qer) else None
+
+
 def rotation_block(config: BuildConfig, path: str, in_features: int) -> int:
     """Width of the Hadamard blocks by which the input of ``path`` is rotated while serving; 0: it is not."""
     transform = config.transform
@@ -79,8 +85,7 @@ def collected_statistics(config: BuildConfig) -> frozenset[Statistic]:
 def has_target_stream(config: BuildConfig) -> bool:
     """Whether the calibration set also goes through the dense network: to be compared with, or to learn from."""
     is_compared = Statistic.CROSS_CORRELATION in required_statistics(config)
-    is_trained = isinstance(get_reconstructor(config.reconstruct), Qer)
-    return (is_compared or is_trained) and config.calibration.inputs != "dense"
+    return (is_compared or training_method(config) is not None) and config.calibration.inputs != "dense"
 
 
 def input_transforms(config: BuildConfig, layer_index: int, network: LlamaConfig) -> dict[str, InputTransform]:

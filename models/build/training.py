@@ -12,7 +12,6 @@ from ..config import BuildConfig
 from ..llama.checkpoint import DenseWeights
 from ..llama.config import LlamaConfig
 from ..llama.model import DecoderLayer
-from ..reconstruct import get_reconstructor
 from ..reconstruct.loss import LayerErrors
 from ..reconstruct.qer import Qer
 from ..train.blocks import BlockTrainer
@@ -20,7 +19,7 @@ from ..train.initial import BuiltLinear, trainable_linear
 from ..train.linear import ActivationClip, TrainableLinear
 from ..train.loop import TrainingBatch, TrainingResult
 from ..types import LinearWeights
-from .recipe import LayerRecipe
+from .recipe import LayerRecipe, training_method
 from .stream import HiddenStream
 from .weights import LayerWeights
 
@@ -38,12 +37,6 @@ class BuiltLayer:
     weights: dict[str, LinearWeights] = field(default_factory=dict)
     errors: dict[str, LayerErrors] = field(default_factory=dict)
     sources: dict[str, BuiltLinear] = field(default_factory=dict)
-
-
-def training_method(config: BuildConfig) -> Qer | None:
-    """The method of ``config`` if it trains."""
-    method = get_reconstructor(config.reconstruct)
-    return method if isinstance(method, Qer) else None
 
 
 def num_blocks_together(config: BuildConfig) -> int:
@@ -79,7 +72,7 @@ def train_layers(
         CalibrationError: a statistic is missing, or a loss is not finite.
     """
     generator = torch.Generator().manual_seed(config.calibration.seed * 1_000_003 + layers[0].index)
-    precision = torch.bfloat16 if config.training.precision == "bfloat16" else torch.float32
+    precision = product_dtype(config)
     modules: list[dict[str, TrainableLinear]] = []
     for layer in layers:
         clips = _clips(config, method, layer)
@@ -101,8 +94,13 @@ def train_layers(
     linears = {path: linear for of_layer in modules for path, linear in of_layer.items()}
     where = f"model.layers.{layers[0].index}" + (f" to {layers[-1].index}" if len(layers) > 1 else "")
     trainer = BlockTrainer(linears, method, config.training, where)
-    result = trainer.train(_batches(blocks, inputs, targets), generator)
+    result = trainer.train(training_batches(blocks, inputs, targets), generator)
     return [{path: linear.merged() for path, linear in of_layer.items()} for of_layer in modules], result
+
+
+def product_dtype(config: BuildConfig) -> torch.dtype:
+    """Of products with activations while training."""
+    return torch.bfloat16 if config.training.precision == "bfloat16" else torch.float32
 
 
 def trainable_layer(network: LlamaConfig, index: int, weights: LayerWeights) -> DecoderLayer:
@@ -125,15 +123,16 @@ def _clips(config: BuildConfig, method: Qer, layer: BuiltLayer) -> dict[str, Act
     if config.activations is None:
         return {}
     device = next(iter(layer.sources.values())).weight.device
-    is_trained = method.options.use_clips and config.activations.format == "int"
     clips: dict[str, ActivationClip] = {}
     for children in INPUT_OWNERS.values():
-        clip = ActivationClip(config.activations, is_trained=is_trained, num_readers=len(children)).to(device)
+        clip = ActivationClip(config.activations, is_trained=method.options.use_clips, num_readers=len(children)).to(
+            device
+        )
         clips |= {f"model.layers.{layer.index}.{child}": clip for child in children}
     return clips
 
 
-def _batches(blocks: Sequence[nn.Module], inputs: HiddenStream, targets: HiddenStream) -> list[TrainingBatch]:
-    """One per batch of the calibration set."""
+def training_batches(blocks: Sequence[nn.Module], inputs: HiddenStream, targets: HiddenStream) -> list[TrainingBatch]:
+    """One per batch of the calibration set: ``inputs`` before ``blocks``, ``targets`` after the dense ones."""
     steps = zip(inputs.hidden, targets.hidden, inputs.passes, strict=True)
     return [TrainingBatch(hidden, target, [partial(run, it) for it in blocks]) for hidden, target, run in steps]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..quant.grid import dense_factors, dequantize
+from ..reconstruct.loss import stored_weight
 from ..types import LinearWeights
 from .base import LinearSpec, PreparedLinear
 from .dense_terms import DenseTerms
@@ -42,14 +42,7 @@ class DequantizedBackend:
         return None
 
     def prepare(self, weights: LinearWeights, device: torch.device, dtype: torch.dtype) -> PreparedLinear:
-        """Add codes and correction up in float32, then round to ``dtype`` once."""
-        weight = dequantize(weights.quantized)
-        if weights.correction is not None:
-            lora_up, lora_down = (None if it is None else it.float() for it in dense_factors(weights.correction))
-            assert lora_up is not None  # noqa: S101 - only the second factor can be missing
-            if lora_down is None:
-                weight[:, : lora_up.shape[1]] += lora_up
-            else:
-                weight += lora_up @ lora_down
+        """Add codes and correction up in float64, then round to ``dtype`` once."""
+        weight = stored_weight(weights)
         terms = DenseTerms.of(replace(weights, correction=None), device, dtype)
         return _DequantizedLinear(weight.to(device, dtype), terms)

@@ -103,18 +103,17 @@ def trainable_codes(
         return FixedCodes(start)
     if options.merge == "inside-rounding":
         return InsideRounding(start, *_float_factors(weight, method.rank, 1.0, generator))
-    shift = torch.full((weight.shape[0], 1), options.shift_of(method.rank, num_bits), dtype=torch.int32)
+    usual = options.shift_of(method.rank, num_bits)
     if options.initialization == "qera":
         autocorrelation = require(statistics, Statistic.AUTOCORRELATION, weight.shape[1]).to(weight.device)
-        up, down = _solved_factors(position - base.codes, autocorrelation, method.rank, int(shift[0]), largest)
+        up, down = _solved_factors(position - base.codes, autocorrelation, method.rank, usual, largest)
         product = exact_product(up.round(), down.round())
         is_searched = options.merge == "shift" and options.shift == AUTOMATIC
-        usual = int(shift[0])
         candidates = range(max(_NUM_SHIFTS, usual + 2)) if is_searched else [usual]
         shift = _best_shifts(start, product, _OutputError(position, _levels(base), autocorrelation), candidates)
         if bool((shift < SWITCHED_OFF).any()):
             return IntegerFactors(start, options, up, down, shift=shift, largest=largest)
-        shift = torch.full_like(shift, options.shift_of(method.rank, num_bits))
+    shift = torch.full((weight.shape[0], 1), usual, dtype=torch.int32)
     up = torch.empty(weight.shape[0], method.rank).uniform_(-largest, largest, generator=generator)
     down = torch.zeros(method.rank, weight.shape[1])
     return IntegerFactors(start, options, up.to(weight.device), down.to(weight.device), shift=shift, largest=largest)

@@ -6,9 +6,12 @@ its diagonal, ``(1 - s) R + s diag(R)`` (as Ledoit and Wolf shrink covariances, 
 network's own channels: a rotated autocorrelation is rotated back for it.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from ..types import InputStatistics
 from .hadamard import rotate, unrotate
 
 
@@ -33,3 +36,10 @@ def shrink(autocorrelation: Tensor, share: float, rotation_block: int = 0) -> Te
     if rotation_block:
         own = rotate(rotate(own, rotation_block).T.contiguous(), rotation_block)
     return (own + own.T) / 2
+
+
+def shrunk(statistics: InputStatistics, share: float, rotation_block: int = 0) -> InputStatistics:
+    """``statistics`` with the autocorrelation, if it is there, as ``shrink`` makes it; arguments as there."""
+    if statistics.autocorrelation is None or share == 0:
+        return statistics
+    return replace(statistics, autocorrelation=shrink(statistics.autocorrelation, share, rotation_block))
