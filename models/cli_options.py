@@ -87,7 +87,7 @@ BUILD_OPTIONS = (
     BuildOption("num_epochs", "training", "num_epochs", int, "qer: passes over the calibration set. [default: 1]"),
     BuildOption("num_blocks", "training", "num_blocks", int, "qer: decoder layers trained together. [default: 1]"),
     BuildOption("learning_rate", "training", "learning_rate", float, "qer: of the factors. [default: the merge's]"),
-    BuildOption("scale_learning_rate", "training", "scale_learning_rate", float, "qer: of the scales. [default: 5e-4]"),
+    BuildOption("scale_learning_rate", "training", "scale_learning_rate", float, "qer: of the scales. [default: 2e-3]"),
     BuildOption("precision", "training", "precision", str, "qer: float32, bfloat16. [default: float32]"),
     BuildOption(
         "end_to_end_epochs", "training", "end_to_end_epochs", int, "qer: passes that train all scales. [default: 0]"

@@ -187,7 +187,7 @@ class TrainingConfig:
     num_epochs: int = 1
     num_blocks: int = 1
     learning_rate: float = 0.0
-    scale_learning_rate: float = 5e-4
+    scale_learning_rate: float = 2e-3
     clip_learning_rate: float = 5e-3
     rounding_penalty: float = 0.1
     overflow_penalty: float = 0.1

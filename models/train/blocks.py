@@ -3,9 +3,10 @@
 The inputs are those that the quantized layers before give, the targets come from the dense network, and the layers in
 training run as they will be served: codes merged, activations quantized. The loss is
 
-    |y - t|^2 / |t|^2  +  lam_q rounding  +  lam_o overflow
+    mean over tokens of |y - t|^2 / |t|^2  +  lam_q rounding  +  lam_o overflow
 
-summed over the batch, with the penalties of ``TrainableLinear``, lam_q rising linearly to its full value.
+with the penalties of ``TrainableLinear``, lam_q rising linearly to its full value. Each token counts alike: the
+residual stream of a LLaMA has a few tokens so large that they would be all there is to a sum of squares.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,9 @@ from ..reconstruct.qer import INTEGER_MERGES, Qer
 from .linear import ActivationClip, TrainableLinear
 from .loop import Training, TrainingBatch, TrainingResult
 from .straight import bounded_clip
+
+_LEAST_ENERGY = 1e-2
+"""Of a token, as a share of the median in its batch."""
 
 
 class BlockTrainer:
@@ -41,7 +45,7 @@ class BlockTrainer:
         """Train on ``batches``, in an order of ``generator``.
 
         Returns:
-            Relative errors ``|y - t|^2 / |t|^2``.
+            Relative errors, as ``relative_error`` has them.
 
         Raises:
             CalibrationError: no batch, or a loss that is not finite, before the first step or in one.
@@ -90,18 +94,22 @@ class BlockTrainer:
 
 
 def factor_learning_rate(method: Qer, config: TrainingConfig) -> float:
-    """That of ``config``, or what suits the merge: 0.25 steps for integers (ternary ones 0.05)."""
+    """That of ``config``, or what suits the merge when a step takes one of 128 sequences."""
     if config.learning_rate:
         return config.learning_rate
     merge = method.options.merge
     if merge == "ternary":
         return 0.05
     if merge in INTEGER_MERGES:
-        return 0.25
-    return 1e-2 if merge == "inside-rounding" else 5e-4
+        return 0.06
+    return 1e-2 if merge == "inside-rounding" else 2e-3
 
 
 def relative_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """``|y - t|^2 / |t|^2``; ``targets`` may be in the host's memory."""
+    """Mean over tokens of ``|y - t|^2 / |t|^2``, both (num_tokens, hidden_size); the smallest tokens count less.
+
+    ``targets`` may be in the host's memory.
+    """
     targets = targets.to(outputs.device)
-    return (outputs - targets).square().sum() / targets.square().sum()
+    energy = targets.square().sum(1)
+    return ((outputs - targets).square().sum(1) / energy.clamp(min=_LEAST_ENERGY * energy.median())).mean()

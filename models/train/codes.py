@@ -25,7 +25,8 @@ from ..reconstruct.qer import QerOptions
 from ..types import QuantizedWeight
 from .straight import straight, straight_round
 
-_VALUES_AT_ONCE = 1 << 17
+_VALUES_AT_ONCE = {"cpu": 1 << 17}
+_VALUES_AT_ONCE_ELSEWHERE = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +71,11 @@ class TrainableCodes(nn.Module, ABC):
     def row_slices(self) -> list[slice]:
         """Output channels that are merged at a time: few enough for the temporaries to stay in the processor's cache.
 
-        The same for the training as for the merge, since a product of floats depends on how it is cut.
+        On other devices, where every operation costs a launch, only so few that the temporaries stay small. The same
+        for the training as for the merge, since a product of floats depends on how it is cut.
         """
-        step = max(1, _VALUES_AT_ONCE // self._codes.shape[1])
+        num_values = _VALUES_AT_ONCE.get(self._codes.device.type, _VALUES_AT_ONCE_ELSEWHERE)
+        step = max(1, num_values // self._codes.shape[1])
         return [slice(start, start + step) for start in range(0, self._codes.shape[0], step)]
 
     @abstractmethod

@@ -70,15 +70,15 @@ class Case:
         return [tensor for it in merged for tensor in (it.quantized.codes, it.quantized.scale)] + clips
 
     def served_loss(self) -> float:
-        """Relative error of the merged layers on the reference backend, over all batches."""
+        """Relative error of the merged layers on the reference backend, mean over all tokens."""
         backend = ReferenceBackend()
         layers = [backend.prepare(it.merged(), torch.device("cpu"), torch.float32) for it in self.linears.values()]
         block = Mlp(*layers)
         errors = [
-            (block(batch.inputs) - batch.targets).double().square().sum() / batch.targets.double().square().sum()
+            (block(batch.inputs) - batch.targets).double().square().sum(1) / batch.targets.double().square().sum(1)
             for batch in self.batches
         ]
-        return float(sum(errors) / len(errors))
+        return float(torch.cat(errors).mean())
 
 
 def formed(weight: TrainableWeight) -> Tensor:
