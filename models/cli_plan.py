@@ -89,6 +89,8 @@ def _summary(settings: BuildConfig, result: "Plan") -> dict[str, str]:
     rows["weights when served"] = _mib(result.resident_bytes)
     rows["key-value cache"] = f"{_mib(result.kv_cache_bytes)} per 1024 tokens"
     rows["memory to build"] = f"at most about {_mib(result.build_memory_bytes)}"
+    if result.training_memory_bytes is not None:
+        rows["memory to train"] = f"at most about {_mib(result.training_memory_bytes)} on the device"
     rows["planned in"] = f"{result.seconds:.1f} s"
     return rows
 

@@ -130,6 +130,12 @@ class Statistic(StrEnum):
         return self in {Statistic.FISHER, Statistic.OUTPUT_GRADIENT}
 
 
+MATRIX_STATISTICS = frozenset(
+    {Statistic.AUTOCORRELATION, Statistic.QUANTIZED_AUTOCORRELATION, Statistic.CROSS_CORRELATION}
+)
+"""Those of pairs of channels; the others have one value for each channel."""
+
+
 @dataclass(frozen=True, slots=True)
 class InputStatistics:
     """Statistics of one linear layer over ``num_tokens`` calibration tokens.

@@ -35,6 +35,7 @@ class Plan:
     resident_bytes:     weights, embedding and norms in memory while serving
     kv_cache_bytes:     in addition, per 1024 tokens of context
     build_memory_bytes: what the build holds at most: embedding, one decoder layer, activations
+    training_memory_bytes: what it holds on the device while it trains; None: nothing is trained
     nll_increase:       nats per token above the dense network, to second order; None without gradients
     output_error:       mean over layers of the relative squared error of their outputs; None with gradients, or
         without calibration
@@ -51,6 +52,7 @@ class Plan:
     resident_bytes: int
     kv_cache_bytes: int
     build_memory_bytes: int
+    training_memory_bytes: int | None = None
     nll_increase: float | None = None
     output_error: float | None = None
     seconds: float = 0.0

@@ -24,6 +24,7 @@ from .observer import BuildObserver
 from .planned import Plan, PlannedLayer
 from .predictor import PLANNING_TOKENS, LossPredictor
 from .recipe import training_method
+from .training_footprint import training_memory_bytes
 
 __all__ = ["PLANNING_TOKENS", "Plan", "PlannedLayer", "plan_layers"]
 
@@ -126,6 +127,7 @@ def _summary(
         resident_bytes=resident_bytes(checkpoint, config, chosen, device),
         kv_cache_bytes=kv_cache_bytes(checkpoint.config, device),
         build_memory_bytes=build_memory_bytes(checkpoint.config, config),
+        training_memory_bytes=training_memory_bytes(checkpoint.config, config, device),
         own=config.layers,
         has_ranks=training_method(config) is None,
     )

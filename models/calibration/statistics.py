@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
-from ..types import InputStatistics, Statistic
+from ..types import MATRIX_STATISTICS, InputStatistics, Statistic
 
 _LARGEST = frozenset({Statistic.MEAN_ABS, Statistic.ABSMAX})
-_MATRICES = frozenset({Statistic.AUTOCORRELATION, Statistic.QUANTIZED_AUTOCORRELATION, Statistic.CROSS_CORRELATION})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class StatisticsAccumulator:
         self.num_tokens = 0
         self._totals: dict[Statistic, Tensor] = {}
         for statistic in sorted(requires):
-            shape = (num_features, num_features) if statistic in _MATRICES else (num_features,)
+            shape = (num_features, num_features) if statistic in MATRIX_STATISTICS else (num_features,)
             self._totals[statistic] = torch.zeros(shape, dtype=torch.float64, device=device)
 
     def update(self, inputs: LayerInputs) -> None:

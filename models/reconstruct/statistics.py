@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
-from ..types import InputStatistics, Statistic
+from ..types import MATRIX_STATISTICS, InputStatistics, Statistic
 
 _ROWS_AT_ONCE = 1024
-_MATRICES = {Statistic.AUTOCORRELATION, Statistic.QUANTIZED_AUTOCORRELATION, Statistic.CROSS_CORRELATION}
 
 
 def require(statistics: InputStatistics, statistic: Statistic, num_features: int) -> Tensor:
@@ -22,7 +21,7 @@ def require(statistics: InputStatistics, statistic: Statistic, num_features: int
         CalibrationError: it is missing, has the wrong shape, is not finite or negative where it cannot be, or is an
             autocorrelation that is not symmetric.
     """
-    shape = (num_features,) * (2 if statistic in _MATRICES else 1)
+    shape = (num_features,) * (2 if statistic in MATRIX_STATISTICS else 1)
     values: Tensor | None = getattr(statistics, statistic.value)
     if statistic is Statistic.CROSS_CORRELATION:
         return _checked(statistic, values, shape)

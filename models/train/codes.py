@@ -25,8 +25,13 @@ from ..reconstruct.qer import QerOptions
 from ..types import QuantizedWeight
 from .straight import straight, straight_round
 
-_VALUES_AT_ONCE = {"cpu": 1 << 17}
-_VALUES_AT_ONCE_ELSEWHERE = 1 << 22
+
+def values_at_once(device: torch.device) -> int:
+    """Weights that are merged at a time: on a CPU so few that the temporaries stay in its cache.
+
+    On other devices, where every operation costs a launch, only so few that the temporaries stay small.
+    """
+    return 1 << 17 if device.type == "cpu" else 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +74,11 @@ class TrainableCodes(nn.Module, ABC):
 
     @property
     def row_slices(self) -> list[slice]:
-        """Output channels that are merged at a time: few enough for the temporaries to stay in the processor's cache.
+        """Output channels that are merged at a time.
 
-        On other devices, where every operation costs a launch, only so few that the temporaries stay small. The same
-        for the training as for the merge, since a product of floats depends on how it is cut.
+        The same for the training as for the merge, since a product of floats depends on how it is cut.
         """
-        num_values = _VALUES_AT_ONCE.get(self._codes.device.type, _VALUES_AT_ONCE_ELSEWHERE)
-        step = max(1, num_values // self._codes.shape[1])
+        step = max(1, values_at_once(self._codes.device) // self._codes.shape[1])
         return [slice(start, start + step) for start in range(0, self._codes.shape[0], step)]
 
     @abstractmethod

@@ -1,0 +1,84 @@
+"""Device memory that a build takes while it trains, from the configuration alone.
+
+The terms are those of ``models/train``; what autograd keeps per weight and per token was counted on small layers, and a
+test holds the prediction against what a training really allocates.
+"""
+
+import torch
+
+from ..calibration.collect import INPUT_OWNERS
+from ..config import BuildConfig
+from ..llama.config import LlamaConfig
+from ..reconstruct.qer import Qer
+from ..train.codes import values_at_once
+from ..types import MATRIX_STATISTICS
+from .recipe import collected_statistics, training_method
+from .training import product_dtype
+
+_FLOAT, _DOUBLE = 4, 8
+_FIRST_LAYER = "model.layers.0."
+_WORKING = 44
+"""Bytes per weight while the weights that are merged at a time are formed: products, shifts, sums."""
+
+
+def training_memory_bytes(network: LlamaConfig, config: BuildConfig, device: torch.device) -> int | None:
+    """What training one step's decoder layers holds on ``device`` at most; None: nothing is trained.
+
+    The dense layers, their quantized form, what autograd keeps, statistics, and the activations of one batch. Neither
+    the embedding, which is gone by then, nor the calibration set, which stays in the host's memory.
+    """
+    method = training_method(config)
+    if method is None:
+        return None
+    training = config.training
+    num_blocks = min(training.num_blocks, network.num_hidden_layers)
+    sizes = [shape.out_features * shape.in_features for shape in network.layer_linear_shapes(0).values()]
+    num_weights, largest = num_blocks * sum(sizes), max(sizes)
+    held = num_weights * (_held_per_weight(config, method) + product_dtype(config).itemsize)
+    kept = _kept_per_weight(method) * (largest if training.use_checkpointing else num_weights)
+    working = _WORKING * min(largest, values_at_once(device))
+    num_blocks_inside = 1 if training.use_checkpointing else num_blocks
+    return held + kept + working + num_blocks_inside * _activations(network, config) + _statistics(network, config)
+
+
+def _held_per_weight(config: BuildConfig, method: Qer) -> int:
+    """Bytes of the dense weight, of its copy where it is rotated or aimed elsewhere, and of the quantized one."""
+    is_copied = config.transform.rotation != "none" or config.objective == "output"
+    dense = _FLOAT * (2 if is_copied else 1)
+    match method.options.merge:
+        case "requantize":
+            return dense + 1 + _FLOAT
+        case "fixed-point" | "inside-rounding":
+            return dense + 3
+        case _:
+            return dense + 2
+
+
+def _kept_per_weight(method: Qer) -> int:
+    """Bytes that autograd keeps per weight for the way back: levels, and what clamp and penalties need."""
+    match method.options.merge:
+        case "requantize":
+            return 0
+        case "none":
+            return _FLOAT
+        case "inside-rounding":
+            return 3 * _FLOAT
+        case _:
+            return 4 * _FLOAT
+
+
+def _activations(network: LlamaConfig, config: BuildConfig) -> int:
+    """Bytes of one batch inside one decoder layer, gradients included."""
+    calibration = config.calibration
+    num_tokens = min(calibration.batch_size, calibration.num_sequences) * calibration.sequence_length
+    hidden = 18 + (3 if config.training.precision == "bfloat16" else 0)
+    inside = 4.0 + (5.5 if config.activations is not None else 0.0)
+    return round(_FLOAT * num_tokens * (hidden * network.hidden_size + inside * network.intermediate_size))
+
+
+def _statistics(network: LlamaConfig, config: BuildConfig) -> int:
+    """Bytes of what the calibration accumulated about every input of the layers."""
+    by_name = {path.removeprefix(_FIRST_LAYER): shape for path, shape in network.layer_linear_shapes(0).items()}
+    num_matrices = len(MATRIX_STATISTICS & collected_statistics(config))
+    widths = [by_name[owner].in_features for owner in INPUT_OWNERS]
+    return config.training.num_blocks * num_matrices * _DOUBLE * sum(width * width for width in widths)
