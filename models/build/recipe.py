@@ -3,12 +3,12 @@
 from dataclasses import dataclass, replace
 
 from ..calibration.collect import INPUT_OWNERS
-from ..config import BuildConfig
+from ..config import BuildConfig, ReconstructConfig
 from ..llama.config import LlamaConfig
 from ..quant.quantizers import Quantizer, get_quantizer
 from ..reconstruct import get_reconstructor
 from ..reconstruct.base import Reconstructor
-from ..reconstruct.qer import Qer
+from ..reconstruct.qer import Qer, default_merge
 from ..reconstruct.regression import REQUIRES_REFIT
 from ..scheme import QuantScheme
 from ..transform.inputs import InputTransform
@@ -45,7 +45,7 @@ class LayerRecipe:
         return cls(
             scheme=scheme,
             quantizer=get_quantizer(config.quantizer, scheme),
-            reconstructor=get_reconstructor(reconstruct),
+            reconstructor=_reconstructor(config, reconstruct),
             rank=reconstruct.rank,
             rotation_block=rotation_block(config, path, in_features),
         )
@@ -53,8 +53,16 @@ class LayerRecipe:
 
 def training_method(config: BuildConfig) -> Qer | None:
     """The method of ``config`` if it trains."""
-    method = get_reconstructor(config.reconstruct)
+    method = _reconstructor(config, config.reconstruct)
     return method if isinstance(method, Qer) else None
+
+
+def _reconstructor(config: BuildConfig, reconstruct: ReconstructConfig) -> Reconstructor:
+    """The method of ``reconstruct``; what suits the base quantizer is chosen here, where both are known."""
+    if reconstruct.method == Qer.method and "merge" not in reconstruct.options:
+        options = {"merge": default_merge(config.quantizer.method), **reconstruct.options}
+        reconstruct = replace(reconstruct, options=options)
+    return get_reconstructor(reconstruct)
 
 
 def rotation_block(config: BuildConfig, path: str, in_features: int) -> int:

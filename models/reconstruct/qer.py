@@ -41,7 +41,7 @@ _FINEST_SHIFT = 30
 class QerOptions:
     """Options of method ``qer``.
 
-    merge:          the member of the family
+    merge:          the member of the family; a build that names none takes ``default_merge``
     shift:          t: a step of the product of the factors moves a weight by ``2^-t`` of a level; -1: so that the
         largest product moves it by four to eight levels, but with steps no coarser than the fraction's; in merge
         ``shift`` by one to two
@@ -91,6 +91,15 @@ class QerOptions:
             return 0
         largest = max(1, rank * self.largest_factor(num_bits) ** 2).bit_length() - 1
         return largest if self.merge == "shift" else max(self.fraction_bits, largest - 2)
+
+
+def default_merge(quantizer: str) -> Merge:
+    """The strongest member of the family on a base of ``quantizer``.
+
+    GPTQ's codes make up for each other's rounding errors. A step of one of them undoes that, and a product of low rank
+    takes many at once: on such a base no form of factors reached what scales alone do (docs/decisions/0012).
+    """
+    return "none" if quantizer == "gptq" else "fixed-point"
 
 
 class Qer:

@@ -12,10 +12,12 @@ from models.artifact.reader import ArtifactReader
 from models.build import build_artifact
 from models.build import end_to_end as end_to_end_phase
 from models.build.plan import check_build
+from models.build.recipe import training_method
 from models.config import (
     BudgetConfig,
     BuildConfig,
     CalibrationConfig,
+    QuantizerConfig,
     ReconstructConfig,
     TrainingConfig,
     TransformConfig,
@@ -29,6 +31,7 @@ from tests.support.builds import digests
 from tests.support.tiny_checkpoints import VOCAB_SIZE, random_tensors, tiny_config, write_checkpoint
 
 LENGTH, NUM_SEQUENCES, NUM_LAYERS = 16, 16, 2
+FIRST_LINEAR = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +230,32 @@ def test_a_build_interrupted_while_scales_are_applied_goes_on_to_the_same_bytes(
     monkeypatch.setattr(end_to_end_phase._Phase, "train", None)
     build(config, "resumed")
     assert digests(tmp_path / "resumed") == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "options", "merge"),
+    [
+        ("rtn", {}, "fixed-point"),
+        ("rtn", {"shift": 5}, "fixed-point"),
+        ("gptq", {}, "none"),
+        ("gptq", {"merge": "shift"}, "shift"),
+    ],
+)
+def test_the_merge_that_is_not_named_is_what_suits_the_base(base, quantizer, options, merge):
+    config = replace(base, quantizer=QuantizerConfig(quantizer), reconstruct=replace(base.reconstruct, options=options))
+    method = training_method(config)
+    assert method is not None
+    assert method.options.merge == merge
+
+
+def test_on_gptq_the_codes_are_those_of_gptq_and_the_scales_are_trained(base, build, checkpoint_dir, tmp_path):
+    config = replace(base, quantizer=QuantizerConfig("gptq"))
+    build(config, "trained")
+    build(replace(config, reconstruct=ReconstructConfig("none", rank=0)), "plain")
+    with ArtifactReader.open(tmp_path / "trained") as trained, ArtifactReader.open(tmp_path / "plain") as plain:
+        ours, theirs = (artifact.linear(FIRST_LINEAR).quantized for artifact in (trained, plain))
+        assert torch.equal(ours.codes, theirs.codes)
+        assert not torch.equal(ours.scale, theirs.scale)
+    assert output_error(checkpoint_dir, tmp_path / "trained", config) < output_error(
+        checkpoint_dir, tmp_path / "plain", config
+    )
