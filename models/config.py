@@ -196,7 +196,7 @@ class TrainingConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     use_checkpointing: bool = False
     end_to_end_epochs: int = 0
-    end_to_end_learning_rate: float = 1e-4
+    end_to_end_learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "num_blocks", "num_checks", "num_check_batches"):
