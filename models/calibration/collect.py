@@ -24,6 +24,8 @@ INPUT_OWNERS = {
 Runs = Sequence[Callable[[nn.Module], object]]
 """One per batch of the calibration set: takes it through a decoder layer."""
 
+_OF_QUANTIZED = frozenset({Statistic.QUANTIZED_AUTOCORRELATION, Statistic.CROSS_CORRELATION})
+
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
@@ -42,7 +44,8 @@ class Measurement:
         """A batch ``x`` of owner's inputs as they are measured; ``target`` None: the same as ``x``."""
         transform = self.transforms.get(owner, InputTransform())
         x = transform.apply(x)
-        quantized = x if self.activations is None else quantize_activations(x, self.activations)
+        scheme = None if self.requires.isdisjoint(_OF_QUANTIZED) else self.activations
+        quantized = x if scheme is None else quantize_activations(x, scheme)
         return LayerInputs(x, quantized, x if target is None else transform.apply(target))
 
 
@@ -81,6 +84,8 @@ def collect_statistics(
         CalibrationError: a statistic is not finite.
     """
     requires = frozenset(statistic for statistic in measurement.requires if not statistic.needs_gradients)
+    if Statistic.CROSS_CORRELATION not in requires:
+        target = None  # one pass less
     accumulators: dict[str, StatisticsAccumulator] = {}
     for index, run in enumerate(runs):
         targets = {} if target is None else _inputs(target.layer, target.runs[index], owners)

@@ -161,6 +161,19 @@ def test_target_comes_from_the_dense_layer_on_its_own_inputs():
         torch.testing.assert_close(statistics[owner].cross_correlation, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_neither_targets_nor_quantized_inputs_are_worked_out_for_statistics_that_need_neither(monkeypatch):
+    def refuse(*_arguments, **_options):
+        raise AssertionError("not needed")
+
+    monkeypatch.setattr("models.calibration.collect.quantize_activations", refuse)
+    measurement = Measurement(frozenset({Statistic.AUTOCORRELATION}), activations=ActivationScheme(num_bits=4))
+    layer, batches = TwoBranchLayer(), batches_of((4, 6), 3)
+    plain = collect(layer, batches, Measurement(measurement.requires))
+    statistics = collect(layer, batches, measurement, target=Target(TwoBranchLayer(), [refuse, refuse]))
+    for owner in INPUT_OWNERS:
+        assert torch.equal(statistics[owner].autocorrelation, plain[owner].autocorrelation)
+
+
 def test_watching_one_owner_leaves_the_rest_of_the_layer_out():
     layer = TwoBranchLayer()
     calls = []
