@@ -5,13 +5,13 @@ requantization, the two errors that remain (of the parameters' rounding, of over
 takes them into account, on 128 samples for one epoch. The rest is ours; ``merge.py`` has the arithmetic. Its relatives
 are members of one family, told apart by ``QerOptions.merge``:
 
-    fixed-point      integer factors on a base that keeps fraction bits until the merge; the default
+    fixed-point      integer factors on a base that keeps fraction bits until the merge; the default on RTN
     shift, direct    integer factors on the codes themselves, with and without a shift
     ternary          factors of -1, 0, 1 and a threshold (LoTA-QAF, arXiv 2505.18724), without its offset of zero points
     inside-rounding  float factors inside the rounding (LR-QAT, arXiv 2406.06385)
     requantize       float factors added to the quantized weight in training, to the dense one before it is quantized
         again: the usual way, whose deployed weight is not the trained one (error correction of QLLM, arXiv 2310.08041)
-    none             no factors: scales and clips alone are trained, the control
+    none             no factors: scales and clips alone are trained; a control, and the default on GPTQ
 
 The method itself makes the base; the training takes whole decoder layers and is part of the pipeline.
 """
