@@ -5,7 +5,6 @@ the gradient of the product of the factors before any rounding.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -93,14 +92,6 @@ class TrainableCodes(nn.Module, ABC):
     def part(self, rows: slice, up: Tensor, down: Tensor) -> tuple[Tensor, Penalties]:
         """Clamped codes of ``rows`` float32 with gradients, and what the merge loses; ``up, down = factors()``."""
 
-    def forward(self) -> tuple[Tensor, Penalties]:
-        """Clamped codes (out_features, in_features) float32 with gradients, and what the merge loses."""
-        factors = self.factors()
-        codes, penalties = zip(*(self.part(rows, *factors) for rows in self.row_slices), strict=True)
-        return torch.cat(codes), Penalties(
-            joined([penalty.rounding for penalty in penalties]), joined([penalty.overflow for penalty in penalties])
-        )
-
     @torch.no_grad()
     def values(self) -> Tensor:
         """V, the merged integers before the clamp, int32; no gradient."""
@@ -117,12 +108,6 @@ class TrainableCodes(nn.Module, ABC):
         exact = straight(moved, values)
         codes = exact.clamp(0, self._max_code)
         return codes, exact - codes
-
-
-def joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """``parts`` one below the other; None where there are none."""
-    present = [part for part in parts if part is not None]
-    return torch.cat(present) if present else None
 
 
 class FixedCodes(TrainableCodes):

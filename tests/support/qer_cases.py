@@ -12,6 +12,7 @@ from models.quant.grid import quantize
 from models.quant.rtn import quantize_rtn
 from models.reconstruct.qer import Qer
 from models.scheme import QuantScheme
+from models.train.codes import Penalties, TrainableCodes
 from models.types import InputStatistics, QuantizedWeight
 
 OFF = 31
@@ -88,3 +89,15 @@ def input_statistics(num_channels: int, num_tokens: int = 200) -> InputStatistic
     sizes = torch.logspace(-1, 1, num_channels, dtype=torch.float64)
     x = torch.randn(num_tokens, num_channels, dtype=torch.float64) @ mixing * sizes
     return InputStatistics(num_tokens, autocorrelation=x.T @ x / num_tokens, mean_square=x.square().mean(0))
+
+
+def whole(codes: TrainableCodes) -> tuple[Tensor, Penalties]:
+    """What ``codes`` gives some rows at a time, one below the other: codes with gradients, and what the merge loses."""
+    factors = codes.factors()
+    parts = [codes.part(rows, *factors) for rows in codes.row_slices]
+    lost = [(penalties.rounding, penalties.overflow) for _codes, penalties in parts]
+    rounding, overflow = ([it for it in column if it is not None] for column in zip(*lost, strict=True))
+    return (
+        torch.cat([merged for merged, _penalties in parts]),
+        Penalties(torch.cat(rounding) if rounding else None, torch.cat(overflow) if overflow else None),
+    )

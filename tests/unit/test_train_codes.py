@@ -25,6 +25,7 @@ from tests.support.qer_cases import (
     qer,
     shifted,
     ternary,
+    whole,
 )
 
 INTEGER = ["fixed-point", "shift", "direct", "ternary"]
@@ -80,7 +81,7 @@ def test_codes_of_the_forward_are_the_merged_ones_and_those_of_the_definition(
 ) -> None:
     torch.manual_seed(seed)
     factors = integer_factors(merge, reach, shift, scheme_index)
-    codes, penalties = factors()
+    codes, penalties = whole(factors)
     merged, num_bits = factors.merged(), factors.base.max_code.bit_length()
     assert (codes.dtype, merged.dtype) == (torch.float32, torch.uint8)
     assert torch.equal(codes, merged.float())
@@ -108,7 +109,7 @@ def test_lower_precision_around_the_module_changes_no_integer(merge: str) -> Non
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(factors.values(), values)
         assert torch.equal(factors.merged(), codes)
-        assert torch.equal(factors()[0], codes.float())
+        assert torch.equal(whole(factors)[0], codes.float())
 
 
 @given(seed=st.integers(0, 2**31), reach=st.sampled_from((0, 1, 20)), scheme_index=st.integers(0, len(SCHEMES) - 1))
@@ -119,7 +120,7 @@ def test_float_factors_inside_the_rounding_are_merged_as_they_are_trained(
     base = base_of("inside-rounding", scheme_index)
     up, down = torch.randint(-8 * reach, 8 * reach + 1, (6, RANK)) / 8, torch.randint(-8, 9, (RANK, 32)) / 8
     inside = InsideRounding(base, up, down)
-    codes, penalties = inside()
+    codes, penalties = whole(inside)
     assert torch.equal(codes, inside.merged().float())
     assert base.fraction is not None
     position = base.codes.double() + base.fraction.double() / 2**base.fraction_bits + up.double() @ down.double() / RANK
@@ -133,7 +134,7 @@ def test_float_factors_inside_the_rounding_are_merged_as_they_are_trained(
 
 def test_codes_without_factors_have_nothing_to_train_or_lose() -> None:
     fixed = FixedCodes(base_of("none"))
-    codes, penalties = fixed()
+    codes, penalties = whole(fixed)
     assert torch.equal(codes, fixed.base.codes.float()) and torch.equal(fixed.merged().float(), codes)
     assert penalties == Penalties() and not list(fixed.parameters())
 
@@ -142,7 +143,7 @@ Loss = Callable[[Tensor, Penalties], Tensor]
 
 
 def gradients(factors: IntegerFactors | InsideRounding, loss: Loss) -> tuple[Tensor, Tensor]:
-    up, down = torch.autograd.grad(loss(*factors()), (factors.lora_up, factors.lora_down))
+    up, down = torch.autograd.grad(loss(*whole(factors)), (factors.lora_up, factors.lora_down))
     return up.double(), down.double()
 
 
@@ -197,7 +198,7 @@ def test_the_rounding_penalty_pulls_latents_to_the_integers_they_stand_for(merge
     a, b = (torch.tensor(integers_of(latents, largest)).double() for latents in (up, down))
     slope = slope_of(merge, factors.shift)
     lost = (a @ b - up @ down) * slope
-    assert torch.allclose(of_rounding(factors()[1]).double(), lost, rtol=0, atol=1e-3)
+    assert torch.allclose(of_rounding(whole(factors)[1]).double(), lost, rtol=0, atol=1e-3)
     moved = 2 * lost * slope
     # The integers are what the latents are drawn to: they hold still, also for latents beyond their range.
     wanted = -moved @ down.T, -up.T @ moved
@@ -211,7 +212,7 @@ def test_the_overflow_penalty_brings_codes_back_from_beyond_both_ends() -> None:
     factors = IntegerFactors(
         base, options, torch.tensor([[7.0]]), torch.tensor([[7.0, -7.0]]), shift=torch.tensor([[3]]), largest=7
     )
-    _, penalties = factors()
+    _, penalties = whole(factors)
     assert of_overflow(penalties).tolist() == [[6.0, -6.0]]
     _, down = gradients(factors, lambda _, p: of_overflow(p).square().sum())
     assert down.tolist() == [[2 * 6 * 7 / 8, -2 * 6 * 7 / 8]]

@@ -21,7 +21,7 @@ from models.train.linear import ActivationClip, TrainableLinear
 from models.train.weight import MergedWeight, RequantizedWeight
 from models.types import LinearWeights, QuantizedWeight
 from tests.support.linear_oracle import expected_output
-from tests.support.qer_cases import SCHEMES, input_statistics, qer
+from tests.support.qer_cases import SCHEMES, input_statistics, qer, whole
 from tests.support.training_cases import formed
 
 MERGES = ["fixed-point", "shift", "direct", "ternary", "inside-rounding", "none", "requantize"]
@@ -198,7 +198,7 @@ def test_penalties_weigh_levels_by_what_they_do_to_the_output() -> None:
     linear(torch.randn(5, IN))
     weight, mean_square = linear.weight, built.statistics.mean_square
     assert isinstance(weight, MergedWeight) and isinstance(weight.codes, TrainableCodes) and mean_square is not None
-    lost = weight.codes()[1]
+    lost = whole(weight.codes)[1]
     importance = built.weights.quantized.scale.double().repeat_interleave(32, 1).square() * mean_square
     importance /= importance.mean()
     for found, values in ((linear.penalty_of_rounding, lost.rounding), (linear.penalty_of_overflow, lost.overflow)):
