@@ -16,7 +16,7 @@ from models.scheme import QuantScheme
 from models.train.codes import FixedCodes, InsideRounding, IntegerFactors, TrainableCodes
 from models.train.initial import BuiltLinear, trainable_codes, trainable_linear
 from models.types import InputStatistics, LinearWeights, QuantizedWeight
-from tests.support.qer_cases import OFF, SCHEMES, input_statistics, off_grid_layer, qer
+from tests.support.qer_cases import OFF, SCHEMES, input_statistics, off_grid_layer, qer, whole
 
 INTEGER = ["fixed-point", "shift", "direct", "ternary"]
 FROM_QERA = ["fixed-point", "shift", "direct"]
@@ -58,7 +58,7 @@ def test_a_random_start_is_exactly_the_base_with_one_factor_to_learn_from(merge:
     weight, quantized = off_grid_layer(scheme)
     factors = started(qer(merge, RANK), weight, quantized, input_statistics(IN))
     assert torch.equal(factors.merged(), quantized.codes)
-    assert torch.equal(factors()[0], quantized.codes.float())
+    assert torch.equal(whole(factors)[0], quantized.codes.float())
     largest = qer(merge).options.largest_factor(scheme.num_bits)
     assert 0.5 * largest < float(factors.lora_up.detach().abs().max()) <= largest
     assert not factors.lora_down.any()
@@ -109,7 +109,7 @@ def test_a_start_from_qera_never_loses_more_than_the_base_in_any_output_channel(
         assert torch.equal(factors.merged()[is_off], base.codes[is_off])
         if factors.lora_down.any():
             assert bool((after[~is_off] < before[~is_off]).all())
-        assert torch.equal(factors()[0], factors.merged().float())
+        assert torch.equal(whole(factors)[0], factors.merged().float())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES[:2], ids=str)
