@@ -130,9 +130,10 @@ class Statistic(StrEnum):
         return self in {Statistic.FISHER, Statistic.OUTPUT_GRADIENT}
 
 
-MATRIX_STATISTICS = frozenset(
-    {Statistic.AUTOCORRELATION, Statistic.QUANTIZED_AUTOCORRELATION, Statistic.CROSS_CORRELATION}
-)
+QUANTIZED_STATISTICS = frozenset({Statistic.QUANTIZED_AUTOCORRELATION, Statistic.CROSS_CORRELATION})
+"""Those of inputs after their quantization; all others are of inputs as they are."""
+
+MATRIX_STATISTICS = QUANTIZED_STATISTICS | {Statistic.AUTOCORRELATION}
 """Those of pairs of channels; the others have one value for each channel."""
 
 

@@ -10,7 +10,7 @@ import torch
 from ..artifact.format import Component
 from ..artifact.layout import layer_shapes, rest_shapes
 from ..budget import Choice, stored_bits
-from ..config import BuildConfig
+from ..config import BuildConfig, CalibrationConfig
 from ..device import default_dtype
 from ..kernels import get_backends
 from ..layers.linear import LowRankLinear
@@ -168,6 +168,11 @@ def memory_bound_bytes(network: LlamaConfig, num_inside: int, hidden_bytes: int)
     return 4 * (embedding + layer + num_inside * per_token) + hidden_bytes
 
 
+def num_tokens_inside(calibration: CalibrationConfig) -> int:
+    """Tokens of the largest batch: what is inside a layer at a time."""
+    return min(calibration.batch_size, calibration.num_sequences) * calibration.sequence_length
+
+
 def build_memory_bytes(network: LlamaConfig, config: BuildConfig) -> int:
     """What a build holds at most: ``BuildReport.memory_bound_bytes``, from the configuration alone."""
     calibration = config.calibration
@@ -175,6 +180,6 @@ def build_memory_bytes(network: LlamaConfig, config: BuildConfig) -> int:
         return memory_bound_bytes(network, 0, 0)
     has_target = has_target_stream(config)
     num_sequences = calibration.num_sequences * (2 if has_target else 1) + 2 * calibration.num_holdout
-    num_inside = min(calibration.batch_size, calibration.num_sequences) * calibration.sequence_length
+    num_inside = num_tokens_inside(calibration)
     hidden_bytes = 4 * num_sequences * calibration.sequence_length * network.hidden_size
     return memory_bound_bytes(network, num_inside, hidden_bytes)

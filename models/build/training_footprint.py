@@ -12,11 +12,11 @@ from ..llama.config import LlamaConfig
 from ..reconstruct.qer import Qer
 from ..train.codes import values_at_once
 from ..types import MATRIX_STATISTICS
+from .footprint import num_tokens_inside
 from .recipe import collected_statistics, training_method
 from .training import product_dtype
 
 _FLOAT, _DOUBLE = 4, 8
-_FIRST_LAYER = "model.layers.0."
 _WORKING = 44
 """Bytes per weight while the weights that are merged at a time are formed: products, shifts, sums."""
 
@@ -37,8 +37,9 @@ def training_memory_bytes(network: LlamaConfig, config: BuildConfig, device: tor
     held = num_weights * (_held_per_weight(config, method) + product_dtype(config).itemsize)
     kept = _kept_per_weight(method) * (largest if training.use_checkpointing else num_weights)
     working = _WORKING * min(largest, values_at_once(device))
+    statistics = num_blocks * _statistics(network, config)
     num_blocks_inside = 1 if training.use_checkpointing else num_blocks
-    return held + kept + working + num_blocks_inside * _activations(network, config) + _statistics(network, config)
+    return held + kept + working + num_blocks_inside * _activations(network, config) + statistics
 
 
 def _held_per_weight(config: BuildConfig, method: Qer) -> int:
@@ -69,16 +70,14 @@ def _kept_per_weight(method: Qer) -> int:
 
 def _activations(network: LlamaConfig, config: BuildConfig) -> int:
     """Bytes of one batch inside one decoder layer, gradients included."""
-    calibration = config.calibration
-    num_tokens = min(calibration.batch_size, calibration.num_sequences) * calibration.sequence_length
+    num_tokens = num_tokens_inside(config.calibration)
     hidden = 18 + (3 if config.training.precision == "bfloat16" else 0)
     inside = 4.0 + (5.5 if config.activations is not None else 0.0)
     return round(_FLOAT * num_tokens * (hidden * network.hidden_size + inside * network.intermediate_size))
 
 
 def _statistics(network: LlamaConfig, config: BuildConfig) -> int:
-    """Bytes of what the calibration accumulated about every input of the layers."""
-    by_name = {path.removeprefix(_FIRST_LAYER): shape for path, shape in network.layer_linear_shapes(0).items()}
-    num_matrices = len(MATRIX_STATISTICS & collected_statistics(config))
-    widths = [by_name[owner].in_features for owner in INPUT_OWNERS]
-    return config.training.num_blocks * num_matrices * _DOUBLE * sum(width * width for width in widths)
+    """Bytes of what the calibration accumulated about every input of one decoder layer."""
+    shapes, num_matrices = network.layer_linear_shapes(0), len(MATRIX_STATISTICS & collected_statistics(config))
+    widths = [shapes[f"model.layers.0.{owner}"].in_features for owner in INPUT_OWNERS]
+    return num_matrices * _DOUBLE * sum(width * width for width in widths)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..quant.activation import quantize_activations
 from ..scheme import ActivationScheme
 from ..transform.inputs import InputTransform
-from ..types import InputStatistics, Statistic
+from ..types import QUANTIZED_STATISTICS, InputStatistics, Statistic
 from .statistics import LayerInputs, StatisticsAccumulator
 
 INPUT_OWNERS = {
@@ -23,8 +23,6 @@ INPUT_OWNERS = {
 
 Runs = Sequence[Callable[[nn.Module], object]]
 """One per batch of the calibration set: takes it through a decoder layer."""
-
-_OF_QUANTIZED = frozenset({Statistic.QUANTIZED_AUTOCORRELATION, Statistic.CROSS_CORRELATION})
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,7 @@ class Measurement:
         """A batch ``x`` of owner's inputs as they are measured; ``target`` None: the same as ``x``."""
         transform = self.transforms.get(owner, InputTransform())
         x = transform.apply(x)
-        scheme = None if self.requires.isdisjoint(_OF_QUANTIZED) else self.activations
+        scheme = None if self.requires.isdisjoint(QUANTIZED_STATISTICS) else self.activations
         quantized = x if scheme is None else quantize_activations(x, scheme)
         return LayerInputs(x, quantized, x if target is None else transform.apply(target))
 

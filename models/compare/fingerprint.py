@@ -11,7 +11,7 @@ from ..build.recipe import required_statistics
 from ..config import BuildConfig, CalibrationConfig
 from ..errors import QerveError
 from ..llama.checkpoint import file_digest
-from ..reconstruct.regression import REQUIRES_REFIT
+from ..types import QUANTIZED_STATISTICS
 from .config import EvaluationConfig, RecipeConfig
 
 
@@ -44,7 +44,7 @@ class Fingerprints:
         Inputs are quantized only for what compares outputs; all other statistics are of inputs as they are.
         """
         parts, defaults = build.to_dict(), BuildConfig().to_dict()
-        is_paired = not REQUIRES_REFIT.isdisjoint(required_statistics(build))
+        is_paired = not QUANTIZED_STATISTICS.isdisjoint(required_statistics(build))
         names = ("calibration", "transform", *(["activations"] if is_paired else []))
         parts["calibration"].pop("shrinkage")  # of what is fitted to the statistics, not of them
         settings = _chosen({name: parts[name] for name in names}, defaults)

@@ -27,13 +27,13 @@ from torch import Tensor
 from ..config import FactorDtype
 from ..errors import CalibrationError
 from ..quant.factors import store_factors
-from ..types import InputStatistics, LinearWeights, Statistic
+from ..types import QUANTIZED_STATISTICS, InputStatistics, LinearWeights, Statistic
 from .base import check_rank, residual
 from .linalg import weighted_low_rank
 from .loss import stored_weight, weighted_square
 from .statistics import require
 
-REQUIRES_REFIT = frozenset({Statistic.QUANTIZED_AUTOCORRELATION, Statistic.CROSS_CORRELATION})
+REQUIRES_REFIT = QUANTIZED_STATISTICS
 """What calibration must accumulate for the functions below."""
 DEFAULT_DAMPING = 1e-2
 """Relative to the mean diagonal entry of Rq."""
