@@ -9,6 +9,8 @@
 namespace qerve {
 
 struct SimdAvx512 {
+    static constexpr int kAccumulators = 24;
+
     using F = __m512;
     using I = __m512i;
     using B = __m512i;

@@ -9,6 +9,8 @@
 namespace qerve {
 
 struct SimdPortable {
+    static constexpr int kAccumulators = 6;
+
     struct F { float v[16]; };      // 16 floats
     struct I { int32_t v[16]; };    // 16 integers
     struct B { uint8_t v[64]; };    // 16 lanes of 4 bytes
