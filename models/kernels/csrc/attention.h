@@ -24,6 +24,8 @@
 #else
 #define QERVE_UNROLL _Pragma("GCC unroll 8")
 #endif
+// Register tiles are functions of their own: inlined, their pointers push each other out of the registers.
+#define QERVE_NOINLINE __attribute__((noinline))
 
 namespace qerve {
 
@@ -31,7 +33,7 @@ template <class Simd>
 struct Attention {
     using F = typename Simd::F;
 
-    static constexpr int kTokens = 16;  // of a query tile
+    static constexpr int kTokens = 32;  // of a query tile
     static constexpr int kRows = Simd::kTileRows;
     static constexpr int kKeys = 64;    // per key tile
     static constexpr int kVectors = kKeys / kLanes;
@@ -185,10 +187,12 @@ private:
 
     template <class T>
     static Staged<T> stage(const Tile& tile, const Cached<T>& source) {
-        for (int32_t v = source.vector_begin; v < source.vector_end; ++v) {
-            for (int32_t d = 0; d < tile.head_dim; ++d) {
+        for (int32_t d = 0; d < tile.head_dim; ++d) {
+            for (int32_t v = source.vector_begin; v < source.vector_end; ++v) {
                 Simd::store(tile.keys + (d * kVectors + v) * kLanes, source.key(v, d));
             }
+        }
+        for (int32_t v = source.vector_begin; v < source.vector_end; ++v) {
             float* values = tile.values + v * kLanes * tile.head_dim;
             for (int32_t i = 0; i < kLanes * tile.head_dim; i += kLanes) {
                 Simd::store(values + i, widen(source.values[v] + i));
@@ -236,8 +240,13 @@ private:
         }
         for (; v < seen.vector_end; ++v) score<rows, 1>(tile, source, row, v);
 
+        if constexpr (sizeof(T) == 1) scale_scores<rows>(tile, cached.key_scales, seen);
+        const int32_t end_of_first = tile.task->position + row / tile.group + 1 - start;
+        const int32_t low_of_last = first_seen(*tile.task->op, tile.task->position + (row + rows - 1) / tile.group) - start;
+        if (end_of_first < kKeys || low_of_last > 0) mask<rows>(tile, seen, start, row);
         float rescale[kLanes];
-        softmax<rows>(tile, cached, seen, start, row, rescale);
+        softmax<rows>(tile, row, rescale);
+        if constexpr (sizeof(T) == 1) scale_weights<rows>(tile, cached.value_scales, seen);
 
         int32_t d = 0;
         for (; d + most * kLanes <= tile.head_dim; d += most * kLanes) {
@@ -248,7 +257,7 @@ private:
 
     // scores[r][v..v + vectors] = queries . keys
     template <int rows, int vectors, class Source>
-    static void score(const Tile& tile, const Source& source, int32_t row, int32_t v) {
+    QERVE_NOINLINE static void score(const Tile& tile, const Source& source, int32_t row, int32_t v) {
         const int32_t head_dim = tile.head_dim;
         const float* const queries = tile.queries + row * head_dim;
         F sums[rows][vectors];
@@ -275,41 +284,46 @@ private:
         }
     }
 
-    // Scores become weights of the values; `rescale` is what the rows' outputs so far are to be multiplied by.
-    template <int rows, class T>
-    static void softmax(const Tile& tile, const Cached<T>& cached, const Seen& seen, int32_t start, int32_t row,
-                        float* rescale) {
-        constexpr bool has_scales = sizeof(T) == 1;
+    // Scores of keys that a row does not see become -infinity. Slots not yet written may hold anything, even NaN.
+    template <int rows>
+    static void mask(const Tile& tile, const Seen& seen, int32_t start, int32_t row) {
         const F unseen = Simd::set1(-std::numeric_limits<float>::infinity());
-        const F old_maxima = Simd::load(tile.maxima + row);
-        float maxima[kLanes];
-        Simd::store(maxima, old_maxima);
         for (int r = 0; r < rows; ++r) {
             const int32_t position = tile.task->position + (row + r) / tile.group;
             const int32_t low = first_seen(*tile.task->op, position) - start, end = position + 1 - start;
-            float* const scores = tile.scores + r * kKeys;
-            F largest = unseen;
             for (int v = 0; v < kVectors; ++v) {
+                float* const scores = tile.scores + r * kKeys + v * kLanes;
                 F score = unseen;
                 if (v >= seen.vector_begin && v < seen.vector_end) {
-                    score = Simd::load(scores + v * kLanes);
-                    if (has_scales) score = Simd::mul(score, Simd::load(cached.key_scales[v]));
-                    if (end < kKeys) score = Simd::blend(end - v * kLanes, score, unseen);
-                    if (low > 0) score = Simd::blend(low - v * kLanes, unseen, score);
+                    score = Simd::blend(end - v * kLanes, Simd::load(scores), unseen);
+                    score = Simd::blend(low - v * kLanes, unseen, score);
                 }
-                Simd::store(scores + v * kLanes, score);
-                largest = Simd::max(largest, score);
+                Simd::store(scores, score);
             }
-            const float in_tile = Simd::reduce_max(largest);
+        }
+    }
+
+    // Scores become weights of the values; `rescale` is what the rows' outputs so far are to be multiplied by.
+    template <int rows>
+    QERVE_NOINLINE static void softmax(const Tile& tile, int32_t row, float* rescale) {
+        const F old_maxima = Simd::load(tile.maxima + row);
+        float maxima[kLanes];
+        Simd::store(maxima, old_maxima);
+        QERVE_UNROLL
+        for (int r = 0; r < rows; ++r) {
+            const float* const scores = tile.scores + r * kKeys;
+            const F low = Simd::max(Simd::load(scores), Simd::load(scores + kLanes));
+            const F high = Simd::max(Simd::load(scores + 2 * kLanes), Simd::load(scores + 3 * kLanes));
+            const float in_tile = Simd::reduce_max(Simd::max(low, high));
             maxima[r] = in_tile > maxima[r] ? in_tile : maxima[r];
         }
-        const F new_maxima = Simd::load(maxima);
-        Simd::store(rescale, Functions<Simd>::exp2_negative(Simd::sub(old_maxima, new_maxima)));
+        Simd::store(rescale, Functions<Simd>::exp2_negative(Simd::sub(old_maxima, Simd::load(maxima))));
         for (int r = 0; r < rows; ++r) {
             float* const scores = tile.scores + r * kKeys;
             tile.maxima[row + r] = maxima[r];
             const F largest = Simd::set1(maxima[r]);
             F weights[kVectors];
+            QERVE_UNROLL
             for (int v = 0; v < kVectors; ++v) {
                 weights[v] = Functions<Simd>::exp2_negative(Simd::sub(Simd::load(scores + v * kLanes), largest));
                 Simd::store(scores + v * kLanes, weights[v]);
@@ -318,25 +332,35 @@ private:
             float* const sums = tile.sums + (row + r) * kLanes;
             Simd::store(sums, Simd::fma(Simd::load(sums), Simd::set1(rescale[r]), in_tile));
         }
-        if constexpr (has_scales) scale_weights<rows>(tile, cached, seen, start, row);
     }
 
-    // Weights times the scales of 8-bit values. Scales of slots not yet written may be anything, even NaN.
-    template <int rows, class T>
-    static void scale_weights(const Tile& tile, const Cached<T>& cached, const Seen& seen, int32_t start, int32_t row) {
+    // Scores times the scales of 8-bit keys.
+    template <int rows>
+    static void scale_scores(const Tile& tile, const float* const* scales, const Seen& seen) {
         for (int32_t v = seen.vector_begin; v < seen.vector_end; ++v) {
-            const F scales = Simd::load(cached.value_scales[v]);
+            const F scale = Simd::load(scales[v]);
             for (int r = 0; r < rows; ++r) {
-                const int32_t end = tile.task->position + (row + r) / tile.group + 1 - start;
+                float* const scores = tile.scores + r * kKeys + v * kLanes;
+                Simd::store(scores, Simd::mul(Simd::load(scores), scale));
+            }
+        }
+    }
+
+    // Weights times the scales of 8-bit values, of the keys up to the last that any of the rows sees.
+    template <int rows>
+    static void scale_weights(const Tile& tile, const float* const* scales, const Seen& seen) {
+        for (int32_t v = seen.vector_begin; v < seen.vector_end; ++v) {
+            const F scale = Simd::blend(seen.end_key - v * kLanes, Simd::load(scales[v]), Simd::zero());
+            for (int r = 0; r < rows; ++r) {
                 float* const weights = tile.scores + r * kKeys + v * kLanes;
-                Simd::store(weights, Simd::blend(end - v * kLanes, Simd::mul(Simd::load(weights), scales), Simd::zero()));
+                Simd::store(weights, Simd::mul(Simd::load(weights), scale));
             }
         }
     }
 
     // outputs[r][d..d + 16 * vectors] = outputs * rescale + weights . values
     template <int rows, int vectors, class Source>
-    static void accumulate(const Tile& tile, const Source& source, const Seen& seen, const float* rescale, int32_t row,
+    QERVE_NOINLINE static void accumulate(const Tile& tile, const Source& source, const Seen& seen, const float* rescale, int32_t row,
                            int32_t d) {
         const int32_t head_dim = tile.head_dim;
         float* const outputs = tile.outputs + row * head_dim + d;
