@@ -10,9 +10,9 @@ struct Functions {
     using F = typename Simd::F;
     using I = typename Simd::I;
 
-    // Added to |x| < 2**22 it leaves the nearest integer, halves to even, in the low bits of the sum.
-    static constexpr float kRounder = 12582912.0f;  // 1.5 * 2**23
-    static constexpr int32_t kRounderBits = 0x4b400000;
+    // Added to |x| < 2**22 it leaves the nearest integer and 127, the bias of float exponents, in the sum's low bits.
+    static constexpr float kRounder = 12582912.0f + 127.0f;  // 1.5 * 2**23 + 127
+    static constexpr int32_t kRounderBits = 0x4b400000;      // what else the sum holds
 
     // 2**r for |r| <= 1/2: the minimax polynomial of degree 6 that is exactly 1 at 0, relative error 2e-8 and rounding
     static F exp2_fraction(F r) {
@@ -25,17 +25,14 @@ struct Functions {
         return Simd::fma(p, r, Simd::set1(1.0f));
     }
 
-    // 2**n for integers -127..127, and zero for -127
-    static F power_of_two(I n) {
-        return Simd::as_float(Simd::template shift_left<23>(Simd::add_i(n, Simd::set1_i(127))));
-    }
+    // 2**(biased - 127), and zero where `biased` is; only its lowest nine bits count
+    static F power_of_two(I biased) { return Simd::as_float(Simd::template shift_left<23>(biased)); }
 
-    // 2**x for x <= 0: exactly 1 at 0 and exactly 0 below -126.5, NaN of NaN
+    // 2**x for x <= 0: exactly 1 at 0 and exactly 0 up to -126.5, NaN of NaN
     static F exp2_negative(F x) {
         x = Simd::max(Simd::set1(-127.0f), x);  // in this order NaN passes
         const F rounded = Simd::add(x, Simd::set1(kRounder));
         const F r = Simd::sub(x, Simd::sub(rounded, Simd::set1(kRounder)));
-        // The shift in power_of_two drops what else the bits of the sum hold.
         return Simd::mul(exp2_fraction(r), power_of_two(Simd::as_int(rounded)));
     }
 
@@ -48,10 +45,10 @@ struct Functions {
         const F n = Simd::sub(rounded, Simd::set1(kRounder));
         const F r = Simd::fma(y, log2e_rest, Simd::fma(y, log2e, Simd::sub(Simd::zero(), n)));
         // 2**128 is no float: in two factors the product becomes infinite by itself.
-        const I integer = Simd::sub_i(Simd::as_int(rounded), Simd::set1_i(kRounderBits));
-        const I half = Simd::template shift_right<1>(integer);
-        const F partial = Simd::mul(exp2_fraction(r), power_of_two(half));
-        const F exponential = Simd::mul(partial, power_of_two(Simd::sub_i(integer, half)));
+        const I twice_biased = Simd::sub_i(Simd::as_int(rounded), Simd::set1_i(kRounderBits - 127));
+        const I half = Simd::template shift_right<1>(twice_biased);
+        const I rest = Simd::sub_i(twice_biased, half);
+        const F exponential = Simd::mul(Simd::mul(exp2_fraction(r), power_of_two(half)), power_of_two(rest));
         return Simd::div(x, Simd::add(Simd::set1(1.0f), exponential));
     }
 };

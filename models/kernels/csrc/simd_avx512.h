@@ -1,7 +1,16 @@
 // Sixteen lanes in one AVX-512 register; see simd_portable.h for the meaning of every operation.
 #pragma once
 
+// The header of GCC up to 12 initializes results that are not read with themselves.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 #include <cstdint>
 #include <cstring>
@@ -91,6 +100,7 @@ struct SimdAvx512 {
         std::memcpy(&four, x, 4);
         return _mm512_dpbusd_epi32(acc, weights, _mm512_set1_epi32(four));
     }
+    static I dot_small(I acc, B weights, const int8_t* x) { return dot(acc, weights, x); }
 };
 
 }  // namespace qerve
