@@ -82,7 +82,7 @@ inline Unpacked unpack(const BlockRun& run, uint8_t* out) {
     if (has_shifts) shifts = reinterpret_cast<int32_t*>(scales + 2 * run.num_blocks * kHalf);
     const int64_t half_bytes = int64_t{kHalf} * run.num_blocks * run.block;
     const uint8_t* data = run.data;
-    __m512 scale[2];
+    __m512 scale[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     __m512i zero[2], zero_bytes[2];
     for (int h = 0; h < 2; ++h) {
         zero[h] = _mm512_set1_epi32(run.zero);

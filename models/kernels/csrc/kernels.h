@@ -67,7 +67,8 @@ struct Kernels {
     // floats (64-byte aligned).
     void (*quantize_row)(const qerve_input& input, const float* x, int64_t row, const Codes& codes, float* scratch);
 
-    // 16-bit codes with one scale per 32 values, from the low-rank term's reduced values (32 * n,) of one row.
+    // 16-bit codes of reduced[32 * block..32 * block + 32], one scale for all: block `block` of row `row` of the low-rank
+    // term's input. `reduced` is the whole row (32 * num_blocks,), `codes` has blocks of 32.
     void (*quantize_reduced)(const float* reduced, int64_t row, int32_t block, const Codes& codes);
 
     void (*linear)(const LinearTask& task);
@@ -76,8 +77,12 @@ struct Kernels {
     // gate[i] = silu(gate[i]) * up[i], n a multiple of 16.
     void (*silu_multiply)(float* gate, const float* up, int64_t n);
 
-    // Rotate queries, keys of `row` in op->qkv, quantize all three if asked for, append key and value of `kv_head`
-    // at cache slot `slot`; queries of the heads that share `kv_head` only.
+    // Only where op.has_quantized_qkv, once per row and before any `append` of it: rotate all queries and keys of `row`
+    // in op.qkv, then round queries, keys and values to the grid. A group of channels may span heads.
+    void (*quantize_qkv)(const qerve_attention_op& op, int64_t row, int32_t position);
+
+    // Append key and value of `kv_head` at cache slot `slot`; unless `quantize_qkv` did it, rotate the key and the
+    // queries of the heads that share `kv_head` before, in op.qkv.
     void (*append)(const qerve_attention_op& op, int64_t row, int32_t position, int64_t slot, int32_t kv_head);
 
     void (*attend)(const AttentionTask& task);

@@ -100,8 +100,8 @@ template <class S, int kBits, int kRows>
 inline void add_run(const BlockRun& run, int64_t row, typename S::F (&total)[kRows][2]) {
     const Codes& x = run.input;
     const uint8_t* data = run.data;
-    typename S::F scale[2];
-    typename S::I zero[2];
+    typename S::F scale[2] = {S::zero(), S::zero()};
+    typename S::I zero[2] = {S::zero_i(), S::zero_i()};
     for (int b = 0; b < run.num_blocks; ++b) {
         if (b % run.blocks_per_group == 0) {
             const auto* scales = reinterpret_cast<const uint16_t*>(data);

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "context.h"
+#include "grid.h"
 #include "wait.h"
 
 namespace qerve {
@@ -51,15 +52,10 @@ private:
 
 int num_strips(const qerve_matrix& matrix) { return (matrix.out_features + kStripRows - 1) / kStripRows; }
 
-bool is_wide(const qerve_activation& activation) {
-    if (activation.kind == QERVE_ACTIVATION_16) return true;
-    return activation.kind == QERVE_ACTIVATION_INT && !activation.is_symmetric && activation.num_bits == 8;
-}
-
 // Memory that one linear operator shares among threads: codes of its input, and of each part its reduced rows.
 struct LinearLayout {
     LinearLayout(const qerve_linear_op& op, int64_t num_rows)
-        : input(num_rows, op.input.in_features, op.input.block, is_wide(op.input.activation)) {
+        : input(num_rows, op.input.in_features, op.input.block, needs_wide(op.input.activation)) {
         for (int p = 0; p < op.num_parts; ++p) {
             const qerve_matrix& matrix = *op.parts[p];
             rank_blocks.push_back(matrix.down == nullptr ? 0 : num_strips(*matrix.down));
@@ -246,7 +242,7 @@ void Step::linear(const qerve_linear_op& op, int thread) {
         task.scratch = scratch;
         kernels_.linear(task);
         for (int row = task.row_begin; row < task.row_end; ++row) {
-            kernels_.quantize_reduced(part.rows + row * task.ldy + block * kRankBlock, row, block, part.reduced);
+            kernels_.quantize_reduced(part.rows + row * task.ldy, row, block, part.reduced);
         }
         context_.num_reduced.fetch_add(1, std::memory_order_release);
     };
@@ -328,6 +324,11 @@ void Step::attention(const qerve_attention_op& op, int thread) {
             }
         };
     };
+    if (op.has_quantized_qkv) {
+        share(step_.num_tokens, [&](int begin, int end) {
+            for (int row = begin; row < end; ++row) kernels_.quantize_qkv(op, row, step_.positions[row]);
+        });
+    }
     // A decoded token waits for no other row of its step.
     if (!has_only_decodes_) share(num_units, each(append));
     uint8_t* scratch = context_.scratch[static_cast<size_t>(thread)].reserve(0);

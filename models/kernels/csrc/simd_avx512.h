@@ -1,7 +1,16 @@
 // Sixteen lanes in one AVX-512 register; see simd_portable.h for the meaning of every operation.
 #pragma once
 
+// The header of GCC up to 12 initializes results that are not read with themselves.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 #include <cstdint>
 #include <cstring>
@@ -9,6 +18,8 @@
 namespace qerve {
 
 struct SimdAvx512 {
+    // Sizes of the register tiles of attention.h: rows, and float variables that fit next to their operands.
+    static constexpr int kTileRows = 6;
     static constexpr int kAccumulators = 24;
 
     using F = __m512;
@@ -38,6 +49,16 @@ struct SimdAvx512 {
         __m128 q = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
         q = _mm_max_ps(q, _mm_movehl_ps(q, q));
         return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+    }
+    static F blend(int n, F first, F rest) {
+        const uint32_t lanes = n <= 0 ? 0u : n >= 16 ? 0xffffu : (1u << n) - 1u;
+        return _mm512_mask_blend_ps(static_cast<__mmask16>(lanes), rest, first);
+    }
+    template <int distance> static F swap(F a) {
+        if constexpr (distance == 1) return _mm512_permute_ps(a, 0xb1);
+        else if constexpr (distance == 2) return _mm512_permute_ps(a, 0x4e);
+        else if constexpr (distance == 4) return _mm512_shuffle_f32x4(a, a, 0xb1);
+        else return _mm512_shuffle_f32x4(a, a, 0x4e);
     }
     static F load_f16(const uint16_t* p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -79,6 +100,7 @@ struct SimdAvx512 {
         std::memcpy(&four, x, 4);
         return _mm512_dpbusd_epi32(acc, weights, _mm512_set1_epi32(four));
     }
+    static I dot_small(I acc, B weights, const int8_t* x) { return dot(acc, weights, x); }
 };
 
 }  // namespace qerve

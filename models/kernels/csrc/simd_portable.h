@@ -9,7 +9,9 @@
 namespace qerve {
 
 struct SimdPortable {
-    static constexpr int kAccumulators = 6;
+    // Sizes of the register tiles of attention.h: rows, and float variables that fit next to their operands.
+    static constexpr int kTileRows = 2;
+    static constexpr int kAccumulators = 2;
 
     struct F { float v[16]; };      // 16 floats
     struct I { int32_t v[16]; };    // 16 integers
@@ -39,6 +41,10 @@ struct SimdPortable {
             for (int i = 0; i < half; ++i) a.v[i] = a.v[i] > a.v[i + half] ? a.v[i] : a.v[i + half];
         return a.v[0];
     }
+    // lanes below n of `first`, the others of `rest`; any n
+    static F blend(int n, F first, F rest) { for (int i = 0; i < 16 && i < n; ++i) rest.v[i] = first.v[i]; return rest; }
+    // lane i becomes lane i ^ distance, for 1, 2, 4 and 8
+    template <int distance> static F swap(F a) { F r; for (int i = 0; i < 16; ++i) r.v[i] = a.v[i ^ distance]; return r; }
     static F load_f16(const uint16_t* p) { F r; for (int i = 0; i < 16; ++i) r.v[i] = half_to_float(p[i]); return r; }
     static void store_f16(uint16_t* p, F a) { for (int i = 0; i < 16; ++i) p[i] = float_to_half(a.v[i]); }
 
@@ -50,17 +56,18 @@ struct SimdPortable {
     static I load_i8(const int8_t* p) { I r; for (int i = 0; i < 16; ++i) r.v[i] = p[i]; return r; }
     static I load_i16(const int16_t* p) { I r; for (int i = 0; i < 16; ++i) r.v[i] = p[i]; return r; }
     static void store_i8(int8_t* p, I a) { for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]); }  // low bytes
-    static I add_i(I a, I b) { for (int i = 0; i < 16; ++i) a.v[i] += b.v[i]; return a; }
-    static I sub_i(I a, I b) { for (int i = 0; i < 16; ++i) a.v[i] -= b.v[i]; return a; }
-    static I mul_i(I a, I b) { for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i]; return a; }  // low 32 bits
+    // the low 32 bits of sum, difference and product
+    static I add_i(I a, I b) { for (int i = 0; i < 16; ++i) a.v[i] = wrap(bits(a.v[i]) + bits(b.v[i])); return a; }
+    static I sub_i(I a, I b) { for (int i = 0; i < 16; ++i) a.v[i] = wrap(bits(a.v[i]) - bits(b.v[i])); return a; }
+    static I mul_i(I a, I b) { for (int i = 0; i < 16; ++i) a.v[i] = wrap(bits(a.v[i]) * bits(b.v[i])); return a; }
     template <int n> static I shift_left(I a) {
-        for (int32_t& v : a.v) v = static_cast<int32_t>(static_cast<uint32_t>(v) << n);
+        for (int32_t& v : a.v) v = wrap(bits(v) << n);
         return a;
     }
     template <int n> static I shift_right(I a) { for (int32_t& v : a.v) v >>= n; return a; }  // arithmetic
-    static int32_t reduce_add_i(I a) { int32_t s = 0; for (int32_t v : a.v) s += v; return s; }
+    static int32_t reduce_add_i(I a) { uint32_t s = 0; for (int32_t v : a.v) s += bits(v); return wrap(s); }
     static F to_float(I a) { F r; for (int i = 0; i < 16; ++i) r.v[i] = static_cast<float>(a.v[i]); return r; }
-    // to the nearest, halves to even; values beyond int32 are undefined
+    // to the nearest, halves to even; values beyond int32 and NaN are undefined
     static I round(F a) { I r; for (int i = 0; i < 16; ++i) r.v[i] = static_cast<int32_t>(std::nearbyint(a.v[i])); return r; }
     static F as_float(I a) { F r; std::memcpy(r.v, a.v, 64); return r; }
     static I as_int(F a) { I r; std::memcpy(r.v, a.v, 64); return r; }
@@ -78,6 +85,12 @@ struct SimdPortable {
             for (int j = 0; j < 4; ++j) acc.v[i] += static_cast<int32_t>(weights.v[4 * i + j]) * x[j];
         return acc;
     }
+
+    // the same, for weights up to 127 only: fewer instructions on some machines
+    static I dot_small(I acc, B weights, const int8_t* x) { return dot(acc, weights, x); }
+
+    static uint32_t bits(int32_t x) { return static_cast<uint32_t>(x); }
+    static int32_t wrap(uint32_t x) { return static_cast<int32_t>(x); }
 
     static float half_to_float(uint16_t h) {
         const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "cache.h"
 #include "input.h"
 #include "linear.h"
 
@@ -42,16 +43,17 @@ template <class S>
 Kernels kernels_of(const char* name) {
     Kernels table{};
     table.name = name;
-    table.quantize_row = quantize_row<S>;
-    table.quantize_reduced = quantize_reduced<S>;
+    table.quantize_row = Input<S>::quantize_row;
+    table.quantize_reduced = Input<S>::quantize_reduced;
     table.linear = linear<S>;
     table.linear_scratch_bytes = no_scratch;
-    table.silu_multiply = silu_multiply<S>;
-    table.append = append<S>;
-    table.attend = attend<S>;
-    table.attention_scratch_bytes = attention_scratch_bytes<S>;
-    table.attention_rows = kAttentionRows;
-    table.embed = embed<S>;
+    table.silu_multiply = Input<S>::silu_multiply;
+    table.quantize_qkv = Cache<S>::quantize_qkv;
+    table.append = Cache<S>::append;
+    table.attend = Attention<S>::attend;
+    table.attention_scratch_bytes = Attention<S>::scratch_bytes;
+    table.attention_rows = Attention<S>::kTokens;
+    table.embed = Input<S>::embed;
     table.read_all = read_all<S>;
     table.multiply_adds = multiply_adds<S>;
     return table;
