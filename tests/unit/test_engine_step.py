@@ -34,11 +34,11 @@ class Recorder(EngineObserver):
         self.num_nonfinite += 1
 
 
-def make_engine(model=None, num_blocks=64, max_num_seqs=4, observer=None, max_num_batched_tokens=512):
+def make_engine(model=None, num_blocks=64, max_num_seqs=4, observer=None, max_num_batched_tokens=512, tokenizer=TOKENIZER):
     model = model or FakeModel()
     runner = Runner(model, PagedKVCache(model.config, num_blocks))
     scheduler = Scheduler(BlockManager(num_blocks), max_num_seqs, max_num_batched_tokens)
-    return Engine(runner, scheduler, TOKENIZER, observer or Recorder())
+    return Engine(runner, scheduler, tokenizer, observer or Recorder())
 
 
 def make_request(name, prompt="hello", **params):
@@ -67,7 +67,7 @@ def greedy_text(prompt, num_tokens=20):
 @given(
     st.lists(st.tuples(st.text("abc ", min_size=1, max_size=40), st.integers(1, 30)), min_size=1, max_size=8),
     st.integers(1, 4),
-    st.integers(5, 60),
+    st.integers(16, 60),
 )
 def test_whatever_shares_the_batch_each_request_gets_the_text_it_gets_alone(calls, max_num_seqs, budget):
     engine = make_engine(num_blocks=12, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
@@ -119,9 +119,7 @@ def test_a_stop_string_completed_by_the_text_held_to_the_end_counts_as_a_stop():
         def decode(self, ids, skip_special_tokens=True):
             return bytes([0xE2] * len(ids)).decode("utf-8", errors="replace")
 
-    engine = make_engine()
-    engine._tokenizer = Halves()
-    texts, reasons = run(engine, [make_request("a", max_tokens=1, stop=("\ufffd",))])
+    texts, reasons = run(make_engine(tokenizer=Halves()), [make_request("a", max_tokens=1, stop=("\ufffd",))])
     assert (texts["a"], reasons["a"]) == ("", FinishReason.STOP)
 
 
@@ -136,9 +134,7 @@ def eos_engine():
     """The letter that comes first after "hello" ends the text."""
     tokenizer = ByteTokenizer()
     tokenizer.eos_token_ids = frozenset({FakeModel().next_token(TOKENIZER.encode("hello"))})
-    engine = make_engine()
-    engine._tokenizer = tokenizer
-    return engine
+    return make_engine(tokenizer=tokenizer)
 
 
 def test_the_end_of_text_token_stops_and_shows_nothing():
@@ -179,9 +175,7 @@ def test_a_tokenizer_that_fails_on_a_token_fails_that_request_only(caplog):
                 raise RuntimeError("cannot decode")
             return super().decode(ids, skip_special_tokens)
 
-    engine = make_engine()
-    engine._tokenizer = Picky()
-    texts, reasons = run(engine, [make_request("good"), make_request("bad", "#x")])
+    texts, reasons = run(make_engine(tokenizer=Picky()), [make_request("good"), make_request("bad", "#x")])
     assert reasons == {"good": FinishReason.LENGTH, "bad": FinishReason.ERROR}
     assert texts["good"] == greedy_text("hello")
     assert "cannot be turned into text" in caplog.text
