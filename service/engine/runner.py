@@ -57,18 +57,19 @@ class Runner:
         rows: list[int] = []
         spans: list[SequenceSpan] = []
         self._slots = {item.request: self._slots_of(item.request) for item in scheduled}
-        for request, num_tokens, gets_token in scheduled:
+        for request, num_new, gets_token in scheduled:
             computed = request.num_computed_tokens
-            context_len = computed + num_tokens
-            spans.append(SequenceSpan(len(token_ids), num_tokens, context_len, self._slots[request][:context_len]))
+            context_len = computed + num_new
+            spans.append(SequenceSpan(len(token_ids), num_new, context_len, self._slots[request][:context_len]))
             token_ids += request.tokens_between(computed, context_len)
             positions += range(computed, context_len)
             if gets_token:
                 rows.append(len(token_ids) - 1)
         # One buffer and one copy to the device; a list of Python integers is read faster by array than by torch.
         numbers = torch.frombuffer(array("q", token_ids + positions + rows), dtype=torch.int64).to(self._model.device)
-        tokens, places, rows_there = numbers.split([len(token_ids), len(positions), len(rows)])
-        return Batch(tokens, places, tuple(spans)), rows_there
+        num_tokens = len(token_ids)
+        batch = Batch(numbers[:num_tokens], numbers[num_tokens : 2 * num_tokens], tuple(spans))
+        return batch, numbers[2 * num_tokens :]
 
     def _slots_of(self, request: Request) -> Tensor:
         """Cache slots of all the blocks of ``request``: worked out in its first step, kept from each step to the next.

@@ -32,7 +32,7 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[int | None]:
 
 
 def most_likely(logits: Tensor) -> Tensor:
-    """Token (n,) int64 with the highest of each row's ``logits`` (n, vocab_size); the lowest of equals, NaN above all."""
+    """Token (n,) int64 of the highest of each row's ``logits`` (n, vocab_size): the first of equals, NaN above all."""
     if logits.device.type == "cpu":  # torch compares one number at a time there, NumPy a vector
         return torch.from_numpy(logits.numpy().argmax(-1))
     return logits.argmax(-1)

@@ -31,13 +31,14 @@ class Scheduler:
     """The waiting queue and the running set.
 
     max_num_seqs:           requests that run at the same time
-    max_num_batched_tokens: tokens of one step; only decodes, if there are as many, take more
+    max_num_batched_tokens: tokens of one step; a block of a prompt fits beside the decodes if it is that much larger
+                            than max_num_seqs, else prompts may have to wait for decodes to end
     """
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         if max_num_batched_tokens < blocks.block_size:
             raise ValueError(
-                f"a step of {max_num_batched_tokens} tokens never holds a block of {blocks.block_size} of a longer prompt"
+                f"a step of {max_num_batched_tokens} prompt tokens never holds a block ({blocks.block_size}) of a longer one"
             )
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
@@ -54,8 +55,10 @@ class Scheduler:
         """Queue ``request``.
 
         Raises:
-            ValueError: it could never run, because it needs more blocks than the whole cache has.
+            ValueError: it could never run: it needs more blocks than the whole cache has, or has nothing to compute.
         """
+        if not request.prompt_token_ids:
+            raise ValueError(f"request {request.request_id} has no prompt")
         if self.blocks.num_blocks_for(request.num_reserved_tokens) > self.blocks.num_blocks:
             raise ValueError(
                 f"request {request.request_id} reserves {request.num_reserved_tokens} tokens, "
@@ -71,7 +74,10 @@ class Scheduler:
             num_tokens = self._chunk_of(request, budget)
             if num_tokens == 0 or not self._has_started(request):
                 break
-            step.append(ScheduledRequest(request, num_tokens, num_tokens == request.num_uncomputed_tokens))
+            is_last_chunk = num_tokens == request.num_uncomputed_tokens
+            step.append(ScheduledRequest(request, num_tokens, is_last_chunk))
+            if not is_last_chunk:
+                break
             budget -= num_tokens
         return step
 
