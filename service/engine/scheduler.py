@@ -38,7 +38,7 @@ class Scheduler:
     def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         if max_num_batched_tokens < blocks.block_size:
             raise ValueError(
-                f"a step of {max_num_batched_tokens} prompt tokens never holds a block ({blocks.block_size}) of a longer one"
+                f"max_num_batched_tokens {max_num_batched_tokens} is less than a block of {blocks.block_size} tokens"
             )
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs

@@ -104,7 +104,7 @@ def test_decodes_that_fill_the_budget_go_on_and_prompts_wait_for_one_to_end():
 
 
 def test_a_budget_smaller_than_a_block_is_refused():
-    with pytest.raises(ValueError, match="a step of 3 prompt tokens never holds a block"):
+    with pytest.raises(ValueError, match="3 is less than a block of 4 tokens"):
         make_scheduler(block_size=4, max_num_batched_tokens=3)
 
 
