@@ -5,6 +5,7 @@
 // on the number of rows in a call or on the number of threads: integer sums are exact, and float sums run in one order.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -29,17 +30,30 @@ struct Codes {
     int32_t block = 0;
 };
 
+// Says when reduced rows that other threads compute are complete: `count` reaches `target`.
+struct Progress {
+    std::atomic<int32_t>* count = nullptr;  // nullptr: they are
+    int32_t target = 0;
+};
+
+// Whether the codes of this grid need 16-bit rows (Codes::lo): they do not all lie in -127..127.
+static inline bool needs_wide(const qerve_activation& activation) {
+    if (activation.kind == QERVE_ACTIVATION_16) return true;
+    return activation.kind == QERVE_ACTIVATION_INT && !activation.is_symmetric && activation.num_bits > 7;
+}
+
 // Rows row_begin..row_end of a linear operator's product with strips strip_begin..strip_end of one matrix.
 struct LinearTask {
     const qerve_matrix* matrix;
-    Codes input;        // of the main blocks
-    Codes reduced;      // of the low-rank blocks: block 32; the reduced rows, or `input` itself for first channels
+    Codes input;       // of the main blocks
+    Codes reduced;     // of the low-rank blocks: block 32; the reduced rows, or `input` itself for first channels
+    Progress progress; // of the reduced rows
     int32_t row_begin, row_end;
     int32_t strip_begin, strip_end;
-    float* y;           // (num_rows, ldy), at the matrix's first column
+    float* y;          // row row_begin, first column of strip_begin
     int64_t ldy;
-    int32_t mode;       // STORE or ADD
-    uint8_t* scratch;   // linear_scratch_bytes of this thread
+    int32_t mode;      // STORE or ADD
+    uint8_t* scratch;  // linear_scratch_bytes of this thread, 64-byte aligned
 };
 
 // One query tile of one sequence and one kv head.
@@ -64,7 +78,7 @@ struct Kernels {
     void (*quantize_reduced)(const float* reduced, int64_t row, int32_t block, const Codes& codes);
 
     void (*linear)(const LinearTask& task);
-    int64_t (*linear_scratch_bytes)(int32_t in_features, int32_t num_rows);
+    int64_t (*linear_scratch_bytes)(const qerve_matrix& matrix);
 
     // gate[i] = silu(gate[i]) * up[i], n a multiple of 16.
     void (*silu_multiply)(float* gate, const float* up, int64_t n);
@@ -85,6 +99,10 @@ struct Kernels {
 
     // One embedding row to float32.
     void (*embed)(const qerve_embed_op& op, int32_t token, float* hidden);
+
+    // For benches: something that depends on every byte of `memory`; integer multiply-adds done in `iterations` rounds.
+    uint64_t (*read_all)(const uint8_t* memory, int64_t num_bytes);
+    int64_t (*multiply_adds)(int64_t iterations);
 };
 
 // nullptr where the translation unit was not compiled in.

@@ -182,8 +182,8 @@ QERVE_EXPORT void qerve_context_destroy(qerve_context* context);
 QERVE_EXPORT const char* qerve_context_isa(const qerve_context* context);
 QERVE_EXPORT int32_t qerve_context_num_threads(const qerve_context* context);
 
-/* Fill the shape-dependent fields of `matrix` (all but strips, down, bias) and return the bytes that its strips take,
- * or -1 with a text in `error`. */
+/* Fill in `matrix`, whose storage_bits, zero and rank the caller has set, all but strips, down and bias; return the bytes
+ * that its strips take, or -1 with a text in `error`. */
 QERVE_EXPORT int64_t qerve_pack_plan(const qerve_source* source, qerve_matrix* matrix, char* error, int32_t error_size);
 /* Write the strips of a planned matrix to matrix->strips (64-byte aligned). */
 QERVE_EXPORT void qerve_pack(qerve_context* context, const qerve_source* source, const qerve_matrix* matrix);
