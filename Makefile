@@ -2,7 +2,7 @@
 #   PYTHON       interpreters to try for the environment, in this order
 #   TORCH_INDEX  extra package index for PyTorch wheels (for example one with CPU-only builds); empty: the default index
 #   JOBS         test processes, each computing on one thread; compiler processes
-#   CMAKE        builds the native kernels
+#   CMAKE CTEST  build and test the native kernels
 #   ARGS         further arguments for pytest
 
 SHELL       := /bin/bash
@@ -13,6 +13,7 @@ PORT        ?= 8000
 ONCE        ?=
 JOBS        ?= 2
 CMAKE       ?= cmake
+CTEST       ?= ctest
 ARGS        ?=
 
 # Threads that spin while they wait make two busy processes slow each other down several times over.
@@ -26,24 +27,43 @@ PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 INSTALL := $(BIN)/python -m pip --quiet --disable-pip-version-check install \
            $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
+# The commands that configure the native kernels, $(1): variant, $(2): options; that build its tests; that run them.
+comma := ,
+CONFIGURE    = $(CMAKE) -S . -B build/$(1) --log-level=WARNING -DCMAKE_INSTALL_MESSAGE=NEVER -DQERVE_BUILD_TESTS=ON $(2)
+NATIVE_TESTS = $(CMAKE) --build build/$(1) --target qerve_cpu_tests && $(CTEST) --test-dir build/$(1) --output-on-failure
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help venv native demo model test test-all bench quality tree clean
+.PHONY: help venv native native-test native-neon demo model test test-all bench quality tree clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(VENV)/.installed-dev ## create the virtual environment with everything tests and checks need
 
 # Beside the Python sources, where it comes before the one that pip built: a changed kernel needs no new install.
 native: ## build the native CPU kernels in place; they follow their sources without a new install
-	@if command -v $(CMAKE) > /dev/null; then \
-	    $(CMAKE) -S . -B build/native --log-level=WARNING -DCMAKE_INSTALL_MESSAGE=NEVER \
-	        && $(CMAKE) --build build/native && $(CMAKE) --install build/native --prefix .; \
+	@if $(CMAKE) --version > /dev/null 2>&1; then \
+	    $(call CONFIGURE,native) \
+	        && $(CMAKE) --build build/native --target _qerve_cpu && $(CMAKE) --install build/native --prefix .; \
 	else \
 	    echo "$(CMAKE) is not installed: the native kernels are those that pip built"; \
 	fi
+
+native-test: native ## test the native kernels: plain, with the address and undefined sanitizers, with the thread sanitizer
+	@$(call NATIVE_TESTS,native)
+	@$(call CONFIGURE,native-address,-DQERVE_WERROR=ON -DQERVE_SANITIZE=address$(comma)undefined)
+	@$(call NATIVE_TESTS,native-address)
+	@$(call CONFIGURE,native-thread,-DQERVE_WERROR=ON -DQERVE_SANITIZE=thread)
+	@$(call NATIVE_TESTS,native-thread)
+
+native-neon: ## test the native kernels as compiled for 64-bit ARM, under an emulator
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do \
+	    command -v $$tool > /dev/null || { echo "skipped: $$tool is not installed"; exit 0; }; \
+	done; \
+	$(call CONFIGURE,native-neon,-DQERVE_WERROR=ON -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake) \
+	    && $(call NATIVE_TESTS,native-neon)
 
 demo: $(VENV)/.installed native ## quantize a small real model, serve it, try it; ONCE=1 ends after the summary, PORT=N
 	@$(BIN)/python -m tools.demo --port $(PORT) $(if $(filter-out 0,$(ONCE)),--once)

@@ -14,12 +14,6 @@
 
 namespace qerve {
 
-// Whether the codes of this grid need 16-bit rows: they do not all lie in -127..127.
-static inline bool needs_wide(const qerve_activation& activation) {
-    if (activation.kind == QERVE_ACTIVATION_16) return true;
-    return activation.kind == QERVE_ACTIVATION_INT && !activation.is_symmetric && activation.num_bits > 7;
-}
-
 // Codes low..high in steps of `scale`. Zero is code 0, also on asymmetric grids: the zero point is part of the range.
 struct Grid {
     float scale;

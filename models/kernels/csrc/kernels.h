@@ -36,6 +36,12 @@ struct Progress {
     int32_t target = 0;
 };
 
+// Whether the codes of this grid need 16-bit rows (Codes::lo): they do not all lie in -127..127.
+static inline bool needs_wide(const qerve_activation& activation) {
+    if (activation.kind == QERVE_ACTIVATION_16) return true;
+    return activation.kind == QERVE_ACTIVATION_INT && !activation.is_symmetric && activation.num_bits > 7;
+}
+
 // Rows row_begin..row_end of a linear operator's product with strips strip_begin..strip_end of one matrix.
 struct LinearTask {
     const qerve_matrix* matrix;

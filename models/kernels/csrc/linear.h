@@ -55,8 +55,14 @@ inline void add_products(const uint8_t* codes, int block, const int8_t* x, int64
         const typename S::B second = S::load_bytes(codes + 64);
         const auto multiply = [&](typename S::B low, typename S::B high, int field) {
             for (int t = 0; t < kRows; ++t) {
-                acc[t][0] = S::dot(acc[t][0], low, x + t * stride + c + 4 * field);
-                acc[t][1] = S::dot(acc[t][1], high, x + t * stride + c + 4 * field);
+                const int8_t* four = x + t * stride + c + 4 * field;
+                if constexpr (kBits == 8) {
+                    acc[t][0] = S::dot(acc[t][0], low, four);
+                    acc[t][1] = S::dot(acc[t][1], high, four);
+                } else {
+                    acc[t][0] = S::dot_small(acc[t][0], low, four);
+                    acc[t][1] = S::dot_small(acc[t][1], high, four);
+                }
             }
         };
         if constexpr (kBits == 8) {

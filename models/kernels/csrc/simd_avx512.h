@@ -18,9 +18,9 @@
 namespace qerve {
 
 struct SimdAvx512 {
-    // Sizes of the register tiles of attention.h: rows, and float variables that fit next to their operands.
-    static constexpr int kTileRows = 6;
+    // Of the register tiles: float variables that fit next to their operands, and query rows of attention.
     static constexpr int kAccumulators = 24;
+    static constexpr int kTileRows = 6;
 
     using F = __m512;
     using I = __m512i;

@@ -9,9 +9,9 @@
 namespace qerve {
 
 struct SimdPortable {
-    // Sizes of the register tiles of attention.h: rows, and float variables that fit next to their operands.
+    // Of the register tiles: float variables that fit next to their operands, and query rows of attention.
+    static constexpr int kAccumulators = 6;
     static constexpr int kTileRows = 2;
-    static constexpr int kAccumulators = 2;
 
     struct F { float v[16]; };      // 16 floats
     struct I { int32_t v[16]; };    // 16 integers
