@@ -44,9 +44,18 @@ struct Input {
         if (Grids<Simd>::is_poisoned(poisoned)) poison_block(codes, row, block);
     }
 
-    static void silu_multiply(float* gate, const float* up, int64_t n) {
-        for (int64_t i = 0; i < n; i += kLanes) {
-            Simd::store(gate + i, Simd::mul(Functions<Simd>::silu(Simd::load(gate + i)), Simd::load(up + i)));
+    static void silu_multiply(const float* gate, const float* up, int64_t num_rows, int64_t width, float* out, int64_t ld) {
+        for (int64_t row = 0; row < num_rows; ++row, gate += kStripRows, up += kStripRows, out += ld) {
+            for (int64_t i = 0; i < width; i += kLanes) {
+                const F product = Simd::mul(Functions<Simd>::silu(Simd::load(gate + i)), Simd::load(up + i));
+                if (i + kLanes <= width) {
+                    Simd::store(out + i, product);
+                } else {
+                    float lanes[kLanes];
+                    Simd::store(lanes, product);
+                    std::memcpy(out + i, lanes, static_cast<size_t>(width - i) * sizeof(float));
+                }
+            }
         }
     }
 

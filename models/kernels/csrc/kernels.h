@@ -80,8 +80,8 @@ struct Kernels {
     void (*linear)(const LinearTask& task);
     int64_t (*linear_scratch_bytes)(const qerve_matrix& matrix);
 
-    // gate[i] = silu(gate[i]) * up[i], n a multiple of 16.
-    void (*silu_multiply)(float* gate, const float* up, int64_t n);
+    // out[row][i] = silu(gate[row][i]) * up[row][i], i below width; gate and up have rows of 32, out has rows of ld.
+    void (*silu_multiply)(const float* gate, const float* up, int64_t num_rows, int64_t width, float* out, int64_t ld);
 
     // Only where op.has_quantized_qkv, once per row and before any `append` of it: rotate all queries and keys of `row`
     // in op.qkv, then round queries, keys and values to the grid. A group of channels may span heads.

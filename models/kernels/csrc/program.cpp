@@ -279,11 +279,8 @@ void Step::linear(const qerve_linear_op& op, int thread) {
             if (width < kStripRows) std::fill(gate, up + int64_t{height} * kStripRows, 0.0f);
             run(0, strip, strip + 1, gate, kStripRows, QERVE_OUTPUT_STORE);
             run(1, strip, strip + 1, up, kStripRows, QERVE_OUTPUT_STORE);
-            kernels_.silu_multiply(gate, up, int64_t{height} * kStripRows);
-            for (int row = 0; row < height; ++row) {
-                float* y = op.y + (task.row_begin + row) * op.ldy + op.columns[0] + strip * kStripRows;
-                std::copy_n(gate + int64_t{row} * kStripRows, width, y);
-            }
+            float* y = op.y + task.row_begin * op.ldy + op.columns[0] + strip * kStripRows;
+            kernels_.silu_multiply(gate, up, height, width, y, op.ldy);
         }
     };
 
