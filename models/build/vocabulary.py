@@ -14,6 +14,7 @@ from ..artifact.record import LinearRecord
 from ..artifact.writer import ArtifactWriter
 from ..calibration.statistics import LayerInputs, StatisticsAccumulator
 from ..config import BuildConfig, QuantizerConfig
+from ..errors import QerveError
 from ..llama.checkpoint import Checkpoint
 from ..llama.model import RMSNorm
 from ..quant.grid import dequantize_rows
@@ -64,7 +65,10 @@ def write_rest(
         weight = checkpoint.tensor(network.head_name if path == HEAD else f"{EMBEDDING}.weight")
         statistics = _head_statistics(checkpoint, config, inputs, device) if path == HEAD else None
         quantize = _quantize_fn(config, path, weight.shape[1], statistics)
-        linears[path] = LinearWeights(quantize_by_rows(weight, quantize, device))
+        try:
+            linears[path] = LinearWeights(quantize_by_rows(weight, quantize, device))
+        except QerveError as error:
+            raise type(error)(f"{path}: {error}") from error
         errors = relative_errors(weight, linears[path].quantized, statistics)
         records[path] = LinearRecord.of(linears[path], *errors)
     names = [name for name in network.unquantized_shapes() if not name.startswith("model.layers.")]
