@@ -1,8 +1,9 @@
 """Embedding and output head of a build, as far as they are quantized: some rows at a time, and no correction.
 
 8 bits round to nearest. A head of 4 bits goes through GPTQ (arXiv 2210.17323) with the autocorrelation of what the
-calibration set leaves the final norm with, each group on the better of two grids; without calibration, the grid of each
-group is the one with the least error.
+calibration set leaves the final norm with, each row on the better of two sets of grids. Without calibration, the grid
+of each group is the one with the least error when the mean square of a channel is taken for that of the norm's gain:
+hidden states have a mean square of one before it.
 """
 
 from math import sqrt
@@ -38,7 +39,7 @@ def quantized_embedding(checkpoint: Checkpoint, config: BuildConfig, device: tor
     if EMBEDDING not in checkpoint.config.with_vocabulary(config.vocabulary).vocabulary:
         return None
     weight = checkpoint.tensor(f"{EMBEDDING}.weight")
-    return quantize_by_rows(weight, _quantize_fn(config, EMBEDDING, weight.shape[1], None), device)
+    return quantize_by_rows(weight, _round_to_nearest(config, EMBEDDING, weight.shape[1]), device)
 
 
 def write_rest(
@@ -64,7 +65,7 @@ def write_rest(
     for path in network.vocabulary:
         weight = checkpoint.tensor(network.head_name if path == HEAD else f"{EMBEDDING}.weight")
         statistics = _head_statistics(checkpoint, config, inputs, device) if path == HEAD else None
-        quantize = _quantize_fn(config, path, weight.shape[1], statistics)
+        quantize = _quantize_fn(checkpoint, config, path, statistics)
         try:
             linears[path] = LinearWeights(quantize_by_rows(weight, quantize, device))
         except QerveError as error:
@@ -102,14 +103,22 @@ def relative_errors(
     return found[0], found[1] if len(found) > 1 else None
 
 
-def _quantize_fn(config: BuildConfig, path: str, hidden_size: int, statistics: InputStatistics | None) -> QuantizeFn:
+def _round_to_nearest(config: BuildConfig, path: str, hidden_size: int) -> QuantizeFn:
+    return get_quantizer(QuantizerConfig(), config.vocabulary.scheme(path, hidden_size)).bind(InputStatistics(0))
+
+
+def _quantize_fn(
+    checkpoint: Checkpoint, config: BuildConfig, path: str, statistics: InputStatistics | None
+) -> QuantizeFn:
+    hidden_size = checkpoint.config.hidden_size
     scheme = config.vocabulary.scheme(path, hidden_size)
     if scheme.num_bits == 8:
-        return get_quantizer(QuantizerConfig(), scheme).bind(InputStatistics(0))
+        return _round_to_nearest(config, path, hidden_size)
     if statistics is not None:
         return get_quantizer(QuantizerConfig("gptq", use_clip_search=True), scheme).bind(statistics)
-    even = InputStatistics(0, mean_square=torch.ones(hidden_size, dtype=torch.float64))
-    return get_quantizer(QuantizerConfig(use_clip_search=True), scheme).bind(even)
+    gain = checkpoint.tensor("model.norm.weight").double()
+    expected = InputStatistics(0, mean_square=gain.square())
+    return get_quantizer(QuantizerConfig(use_clip_search=True), scheme).bind(expected)
 
 
 def _head_statistics(

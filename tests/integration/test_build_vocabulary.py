@@ -137,7 +137,7 @@ def test_a_head_of_four_bits_makes_up_for_its_rounding_where_the_calibration_set
     assert record.relative_weight_error == pytest.approx(difference, rel=1e-6)
 
 
-def test_without_calibration_the_grid_of_each_group_is_searched(checkpoints, tmp_path):
+def test_without_calibration_grids_are_searched_with_the_gain_of_the_norm_for_importance(checkpoints, tmp_path):
     config = BuildConfig(
         scheme=QuantScheme(group_size=32),
         reconstruct=ReconstructConfig("none"),
@@ -151,8 +151,8 @@ def test_without_calibration_the_grid_of_each_group_is_searched(checkpoints, tmp
     with ArtifactReader.open(tmp_path / "a") as reader:
         for path, use_clip_search in ((HEAD, True), (EMBEDDING, False)):
             quantized, record = reader.linear(path).quantized, reader.manifest.vocabulary[path]
-            even = InputStatistics(0, mean_square=torch.ones(64, dtype=torch.float64))
-            expected = get_quantizer(QuantizerConfig(use_clip_search=use_clip_search), quantized.scheme).bind(even)
+            likely = InputStatistics(0, mean_square=checkpoint.tensor("model.norm.weight").double() ** 2)
+            expected = get_quantizer(QuantizerConfig(use_clip_search=use_clip_search), quantized.scheme).bind(likely)
             assert torch.equal(quantized.codes, expected(weight).codes)
             assert torch.equal(quantized.scale, expected(weight).scale)
             assert record.relative_output_error is None
