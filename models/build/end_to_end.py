@@ -23,6 +23,7 @@ from .observer import BuildObserver
 from .recipe import training_method
 from .stream import CalibrationStreams, HiddenStream
 from .training import product_dtype, trainable_layer, training_batches
+from .vocabulary import quantized_embedding
 from .weights import LayerWeights, linear_module, write_layer
 
 
@@ -56,7 +57,7 @@ def train_end_to_end(
         observer: is told of the progress.
 
     Returns:
-        ``streams`` with the holdout taken through the new layers.
+        ``streams`` with the holdout that goes through quantized layers taken through the new ones.
 
     Raises:
         CalibrationError: the loss is not finite.
@@ -68,7 +69,7 @@ def train_end_to_end(
         scales = phase.train(streams.target, observer)
         writer.write_scales(scales)
     phase.apply(scales)
-    return replace(streams, holdout_quantized=phase.holdout())
+    return phase.with_new_holdout(streams)
 
 
 class _Phase:
@@ -83,7 +84,8 @@ class _Phase:
         self._checkpoint = checkpoint
         self._config = config
         self._writer = writer
-        self._start = CalibrationStreams.start(checkpoint, tokens, config.calibration, device)
+        embedding = quantized_embedding(checkpoint, config, device)
+        self._start = CalibrationStreams.start(checkpoint, tokens, config.calibration, device, quantized=embedding)
         self._network = checkpoint.config.with_attention(config.attention)
         self._device = device
         self._dense = DenseWeights(checkpoint, torch.float32, device)
@@ -134,10 +136,13 @@ class _Phase:
         self._layers[index] = linears
         write_layer(self._writer, self._checkpoint, index, linears, records)
 
-    def holdout(self) -> HiddenStream:
-        """The holdout through the layers as they are now."""
-        holdout = self._start.holdout_quantized
+    def with_new_holdout(self, streams: CalibrationStreams) -> CalibrationStreams:
+        """``streams`` with the holdout through the layers as they are now."""
+        holdout, between = self._start.holdout_quantized, self._start.holdout_dense_embedding
         for index, weights in enumerate(self._layers):
             modules = {path: linear_module(path, it, self._device) for path, it in weights.items()}
-            holdout.advance(DecoderLayer(self._network, index, LayerWeights(self._dense, modules)))
-        return holdout
+            layer = DecoderLayer(self._network, index, LayerWeights(self._dense, modules))
+            for stream in (holdout, between):
+                if stream is not None:
+                    stream.advance(layer)
+        return replace(streams, holdout_quantized=holdout, holdout_dense_embedding=between)
