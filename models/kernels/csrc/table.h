@@ -29,14 +29,15 @@ int64_t multiply_adds(int64_t iterations) {
     alignas(64) int8_t x[4] = {1, -2, 3, -4};
     for (int i = 0; i < 64; ++i) weights[i] = static_cast<uint8_t>(i);
     const auto w = S::load_bytes(weights);
-    typename S::I acc[8];
+    constexpr int kSums = S::kAccumulators / 2;  // enough to hide the latency of one
+    typename S::I acc[kSums];
     for (auto& a : acc) a = S::zero_i();
     for (int64_t i = 0; i < iterations; ++i) {
         for (auto& a : acc) a = S::dot(a, w, x);
     }
     int32_t sink = 0;
     for (const auto& a : acc) sink += S::reduce_add_i(a);
-    return iterations * 8 * 64 + (sink == 12345 ? 1 : 0);
+    return iterations * kSums * 64 + (sink == 12345 ? 1 : 0);
 }
 
 template <class S>
