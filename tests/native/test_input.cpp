@@ -126,7 +126,7 @@ std::vector<std::vector<float>> rows(int32_t n) {
     std::mt19937 random(3);
     std::normal_distribution<float> normal;
     std::vector<std::vector<float>> all;
-    for (const float size : {1.0f, 1e-30f, 1e-41f, 1e37f}) {
+    for (const float size : {1.0f, 1e-30f, 1e-41f, 1e36f}) {
         std::vector<float> x(static_cast<size_t>(n));
         for (float& v : x) v = normal(random) * size;
         x[5] *= 30;  // an outlier
