@@ -141,36 +141,40 @@ private:
     static F widen(const uint16_t* p) { return Simd::load_f16(p); }
     static F widen(const int8_t* p) { return Simd::to_float(Simd::load_i8(p)); }
 
+    // Of four blocks of 8-bit keys and values.
+    struct Scales {
+        bool are_used;
+        const float* keys[kVectors];
+        const float* values[kVectors];
+    };
+
     // Four cache blocks, those in vector_begin..vector_end of the tile.
     template <class T>
     struct Cached {
         const T* keys[kVectors];
         const T* values[kVectors];
-        const float* key_scales[kVectors];
-        const float* value_scales[kVectors];
+        Scales scales;
         int32_t vector_begin, vector_end;
-        int32_t head_dim;
 
         F key(int v, int d) const { return widen(keys[v] + d * kLanes); }
         const T* value_rows(int v) const { return values[v]; }
     };
 
     // The same four blocks in float32, side by side.
-    template <class T>
     struct Staged {
-        const Cached<T>* cached;
         const float* keys;
         const float* values;
+        int32_t head_dim;
 
         F key(int v, int d) const { return widen(keys + (d * kVectors + v) * kLanes); }
-        const float* value_rows(int v) const { return values + v * kLanes * cached->head_dim; }
+        const float* value_rows(int v) const { return values + v * kLanes * head_dim; }
     };
 
     template <class T>
     static Cached<T> cached(const AttentionTask& task, int32_t start, int32_t first, int32_t last) {
         const qerve_attention_op& op = *task.op;
         Cached<T> source = {};
-        source.head_dim = op.head_dim;
+        source.scales.are_used = op.cache_type == QERVE_CACHE_I8;
         source.vector_begin = first > start ? (first - start) / kLanes : 0;
         source.vector_end = last - start >= kKeys ? kVectors : (last - start) / kLanes + 1;
         for (int32_t v = source.vector_begin; v < source.vector_end; ++v) {
@@ -178,15 +182,15 @@ private:
             const int64_t head_block = (block * op.num_kv_heads + task.kv_head) * kCacheBlock;
             source.keys[v] = static_cast<const T*>(op.keys) + head_block * op.head_dim;
             source.values[v] = static_cast<const T*>(op.values) + head_block * op.head_dim;
-            if (op.cache_type != QERVE_CACHE_I8) continue;
-            source.key_scales[v] = op.key_scales + head_block;
-            source.value_scales[v] = op.value_scales + head_block;
+            if (!source.scales.are_used) continue;
+            source.scales.keys[v] = op.key_scales + head_block;
+            source.scales.values[v] = op.value_scales + head_block;
         }
         return source;
     }
 
     template <class T>
-    static Staged<T> stage(const Tile& tile, const Cached<T>& source) {
+    static Staged stage(const Tile& tile, const Cached<T>& source) {
         for (int32_t d = 0; d < tile.head_dim; ++d) {
             for (int32_t v = source.vector_begin; v < source.vector_end; ++v) {
                 Simd::store(tile.keys + (d * kVectors + v) * kLanes, source.key(v, d));
@@ -198,7 +202,7 @@ private:
                 Simd::store(values + i, widen(source.values[v] + i));
             }
         }
-        return {&source, tile.keys, tile.values};
+        return {tile.keys, tile.values, tile.head_dim};
     }
 
     // -- one key tile
@@ -206,17 +210,17 @@ private:
     template <class T>
     static void attend_keys(const Tile& tile, const Cached<T>& source, int32_t start) {
         if (tile.num_rows <= kRows) {
-            attend_up_to<kRows>(tile, source, source, start, 0);
+            attend_up_to<kRows>(tile, source, source.scales, start, 0);
             return;
         }
-        const Staged<T> staged = stage(tile, source);
-        for (int32_t row = 0; row < tile.num_rows; row += kRows) attend_up_to<kRows>(tile, staged, source, start, row);
+        const Staged staged = stage(tile, source);
+        for (int32_t row = 0; row < tile.num_rows; row += kRows) attend_up_to<kRows>(tile, staged, source.scales, start, row);
     }
 
-    template <int most, class Source, class T>
-    static void attend_up_to(const Tile& tile, const Source& source, const Cached<T>& cached, int32_t start, int32_t row) {
-        if (tile.num_rows - row >= most) return attend_rows<most>(tile, source, cached, start, row);
-        if constexpr (most > 1) attend_up_to<most - 1>(tile, source, cached, start, row);
+    template <int most, class Source>
+    static void attend_up_to(const Tile& tile, const Source& source, const Scales& scales, int32_t start, int32_t row) {
+        if (tile.num_rows - row >= most) return attend_rows<most>(tile, source, scales, start, row);
+        if constexpr (most > 1) attend_up_to<most - 1>(tile, source, scales, start, row);
     }
 
     // Keys of the tile that some of the rows see: vectors begin..end, of the last of them `end_key` counts in all.
@@ -224,8 +228,8 @@ private:
         int32_t vector_begin, vector_end, end_key;
     };
 
-    template <int rows, class Source, class T>
-    static void attend_rows(const Tile& tile, const Source& source, const Cached<T>& cached, int32_t start, int32_t row) {
+    template <int rows, class Source>
+    static void attend_rows(const Tile& tile, const Source& source, const Scales& scales, int32_t start, int32_t row) {
         const int32_t low = first_seen(*tile.task->op, tile.task->position + row / tile.group) - start;
         const int32_t end = tile.task->position + (row + rows - 1) / tile.group + 1 - start;
         if (low >= kKeys || end <= 0) return;
@@ -240,13 +244,13 @@ private:
         }
         for (; v < seen.vector_end; ++v) score<rows, 1>(tile, source, row, v);
 
-        if constexpr (sizeof(T) == 1) scale_scores<rows>(tile, cached.key_scales, seen);
+        if (scales.are_used) scale_scores(tile, rows, scales.keys, seen);
         const int32_t end_of_first = tile.task->position + row / tile.group + 1 - start;
         const int32_t low_of_last = first_seen(*tile.task->op, tile.task->position + (row + rows - 1) / tile.group) - start;
-        if (end_of_first < kKeys || low_of_last > 0) mask<rows>(tile, seen, start, row);
+        if (end_of_first < kKeys || low_of_last > 0) mask(tile, rows, seen, start, row);
         float rescale[kLanes];
         softmax<rows>(tile, row, rescale);
-        if constexpr (sizeof(T) == 1) scale_weights<rows>(tile, cached.value_scales, seen);
+        if (scales.are_used) scale_weights(tile, rows, scales.values, seen);
 
         int32_t d = 0;
         for (; d + most * kLanes <= tile.head_dim; d += most * kLanes) {
@@ -285,8 +289,7 @@ private:
     }
 
     // Scores of keys that a row does not see become -infinity. Slots not yet written may hold anything, even NaN.
-    template <int rows>
-    static void mask(const Tile& tile, const Seen& seen, int32_t start, int32_t row) {
+    static void mask(const Tile& tile, int rows, const Seen& seen, int32_t start, int32_t row) {
         const F unseen = Simd::set1(-std::numeric_limits<float>::infinity());
         for (int r = 0; r < rows; ++r) {
             const int32_t position = tile.task->position + (row + r) / tile.group;
@@ -335,8 +338,7 @@ private:
     }
 
     // Scores times the scales of 8-bit keys.
-    template <int rows>
-    static void scale_scores(const Tile& tile, const float* const* scales, const Seen& seen) {
+    static void scale_scores(const Tile& tile, int rows, const float* const* scales, const Seen& seen) {
         for (int32_t v = seen.vector_begin; v < seen.vector_end; ++v) {
             const F scale = Simd::load(scales[v]);
             for (int r = 0; r < rows; ++r) {
@@ -347,8 +349,7 @@ private:
     }
 
     // Weights times the scales of 8-bit values, of the keys up to the last that any of the rows sees.
-    template <int rows>
-    static void scale_weights(const Tile& tile, const float* const* scales, const Seen& seen) {
+    static void scale_weights(const Tile& tile, int rows, const float* const* scales, const Seen& seen) {
         for (int32_t v = seen.vector_begin; v < seen.vector_end; ++v) {
             const F scale = Simd::blend(seen.end_key - v * kLanes, Simd::load(scales[v]), Simd::zero());
             for (int r = 0; r < rows; ++r) {

@@ -26,8 +26,6 @@ void Arena::release() {
     capacity_ = 0;
 }
 
-namespace {
-
 const Kernels* table_of(Isa isa) {
     switch (isa) {
 #ifdef QERVE_HAS_AMX
@@ -48,6 +46,8 @@ const Kernels* table_of(Isa isa) {
         default: return portable_kernels();
     }
 }
+
+namespace {
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

@@ -6,10 +6,14 @@
 #include <memory>
 #include <vector>
 
+#include "cpu_features.h"
 #include "kernels.h"
 #include "pool.h"
 
 namespace qerve {
+
+// The kernels of an instruction set that is compiled in.
+const Kernels* table_of(Isa isa);
 
 // Memory that only grows, 64-byte aligned.
 class Arena {
