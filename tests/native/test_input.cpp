@@ -26,7 +26,7 @@ struct Row {
 struct Buffers {
     Buffers(int32_t n, int32_t block, bool is_wide)
         : hi(static_cast<size_t>(3 * (n + 64)), 99), lo(hi), scales(static_cast<size_t>(3 * (n / block)), -1.0f), sums(scales.size(), -1) {
-        codes = {hi.data(), is_wide ? lo.data() : nullptr, scales.data(), sums.data(), n + 64, n / block, block};
+        codes = {hi.data(), is_wide ? lo.data() : nullptr, scales.data(), sums.data(), n + 64, 3, n / block, block};
     }
 
     // Row 1 of three; the others must be as they were.
@@ -39,7 +39,7 @@ struct Buffers {
         }
         const auto blocks = static_cast<size_t>(codes.num_blocks);
         for (size_t i = 0; i < 3 * blocks; ++i) {
-            const bool is_own = i >= blocks && i < 2 * blocks;
+            const bool is_own = i % 3 == 1;
             if (is_own) result.scales.push_back(scales[i]), result.sums.push_back(sums[i]);
             else CHECK(scales[i] == -1.0f && sums[i] == -1);
         }
