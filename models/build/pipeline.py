@@ -30,7 +30,7 @@ from .layer import LayerBuilder
 from .observer import BuildObserver, SilentObserver
 from .plan import check_build
 from .prepare import Prepared, prepare
-from .recipe import has_target_stream
+from .recipe import has_target_stream, sequences_together
 from .stream import CalibrationStreams
 from .training import num_blocks_together
 from .weights import stored_tensor
@@ -135,8 +135,10 @@ def _build_layers(
     checkpoint, config = prepared.checkpoint, prepared.config
     if prepared.has_all_statistics:
         tokens = replace(tokens, statistics=tokens.statistics[:0])
-    has_target = has_target_stream(config)
-    streams = CalibrationStreams.start(checkpoint, tokens, config.calibration, device, has_target=has_target)
+    has_target, together = has_target_stream(config), sequences_together(config)
+    streams = CalibrationStreams.start(
+        checkpoint, tokens, config.calibration, device, has_target=has_target, num_together=together
+    )
     dense = DenseWeights(checkpoint, torch.float32, device)
     builder = LayerBuilder(config, dense, writer, prepared.known)
     num_resumed, num_layers = writer.finished_layers(), checkpoint.config.num_hidden_layers

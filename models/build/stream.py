@@ -40,6 +40,21 @@ class HiddenStream:
         """A stream of the same hidden states that advances on its own."""
         return type(self)(self.batches, [hidden.clone() for hidden in self.hidden], self._rotary)
 
+    def split(self, batch_size: int) -> "HiddenStream":
+        """The same hidden states, ``batch_size`` sequences at a time; shares their memory until either advances."""
+        batches: list[Batch] = []
+        hidden: list[Tensor] = []
+        for batch, states in zip(self.batches, self.hidden, strict=True):
+            length = batch.spans[0].num_tokens
+            for tokens, rows in zip(
+                torch.split(batch.token_ids.view(-1, length), batch_size),
+                torch.split(states, batch_size * length),
+                strict=True,
+            ):
+                batches.append(Batch.uncached(tokens, tokens.device))
+                hidden.append(rows)
+        return HiddenStream(batches, hidden, self._rotary)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the hidden states."""
@@ -95,12 +110,17 @@ class CalibrationStreams:
         device: torch.device,
         *,
         has_target: bool = False,
+        num_together: int = 0,
     ) -> Self:
-        """Embed the calibration tokens, with the embedding as the artifact stores it; it is released afterwards."""
+        """Embed the calibration tokens, with the embedding as the artifact stores it; it is released afterwards.
+
+        ``num_together`` sequences go through a layer at a time; 0: a batch of ``config``.
+        """
+        num_together = num_together or config.batch_size
         embedding = checkpoint.tensor("model.embed_tokens.weight", narrow=True).to(device)
         rotary = RotaryEmbedding(checkpoint.config, device)
-        statistics = HiddenStream.embed(tokens.statistics, embedding, config.batch_size, rotary)
-        holdout = HiddenStream.embed(tokens.holdout, embedding, config.batch_size, rotary)
+        statistics = HiddenStream.embed(tokens.statistics, embedding, num_together, rotary)
+        holdout = HiddenStream.embed(tokens.holdout, embedding, num_together, rotary)
         target = statistics.copy() if has_target else None
         return cls(statistics, target, holdout, holdout.copy(), config.inputs == "dense")
 
