@@ -10,6 +10,10 @@ ARG TORCH_INDEX=""
 ENV PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 
+# What compiles the native kernels; their library needs nothing but the C library, so none of this is carried along.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends cmake g++ ninja-build \
+    && rm -rf /var/lib/apt/lists/*
 RUN python -m venv --without-pip /opt/qerve
 WORKDIR /src
 
@@ -19,7 +23,7 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
         > requirements.txt \
     && pip --python /opt/qerve/bin/python install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r requirements.txt
 
-COPY README.md ./
+COPY README.md CMakeLists.txt ./
 COPY models/ models/
 COPY service/ service/
 RUN pip wheel --no-deps --wheel-dir /wheels . \

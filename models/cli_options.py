@@ -37,6 +37,7 @@ _PANELS = {
     "budget": BUDGET,
     "calibration": CALIBRATION,
     "training": TRAINING,
+    "vocabulary": WEIGHTS,
 }
 BUILD_OPTIONS = (
     BuildOption("num_bits", "scheme", "num_bits", int, "Bits per code, 2 to 8. [default: 4]"),
@@ -49,6 +50,8 @@ BUILD_OPTIONS = (
     BuildOption("act_order", "quantizer", "use_act_order", bool, "gptq: channels with the largest inputs first."),
     BuildOption("damping", "quantizer", "damping", float, "gptq: share of the mean diagonal added. [default: 0.01]"),
     BuildOption("objective", "", "objective", str, "Codes stand in for: weight, output. [default: weight]"),
+    BuildOption("head_bits", "vocabulary", "head_bits", int, "Bits of the output head: 16, 8, 4. [default: 16]"),
+    BuildOption("embedding_bits", "vocabulary", "embedding_bits", int, "Bits of the embedding: 16, 8. [default: 16]"),
     BuildOption("act_bits", "activations", "num_bits", int, "Bits of activations; none without. [default: 16-bit]"),
     BuildOption("act_group_size", "activations", "group_size", int, "Channels per scale, or -1 per token."),
     BuildOption("act_symmetric", "activations", "is_symmetric", bool, "", ("--act-symmetric/--act-asymmetric",)),

@@ -99,6 +99,7 @@ def print_build_report(report: "BuildReport", *, as_json: bool) -> None:
     rows = {
         "holdout perplexity, dense": _number(report.dense_perplexity),
         "holdout perplexity, quantized": _number(report.quantized_perplexity),
+        "  with embedding and head at 16 bits": _number(report.dense_vocabulary_perplexity),
         "effective bits per weight": _number(report.effective_bits),
         "artifact": f"{_mib(report.artifact_bytes)} (dense 16-bit: {_mib(report.dense_bytes)})",
         "time": f"{report.seconds:.1f} s",
@@ -106,6 +107,8 @@ def print_build_report(report: "BuildReport", *, as_json: bool) -> None:
         "embedding + one layer + activations": _mib(report.memory_bound_bytes),
         "peak memory, preparation": f"{_mib(report.preparation_peak_bytes)} above start",
     }
+    if report.dense_vocabulary_perplexity is None:
+        del rows["  with embedding and head at 16 bits"]
     if report.num_resumed_layers:
         rows["layers taken over"] = f"{report.num_resumed_layers} from an interrupted build"
     _print_rows(report.artifact, rows)

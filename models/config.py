@@ -11,7 +11,7 @@ from pydantic import with_config
 
 from .errors import SchemeError
 from .plain import from_plain, read_plain
-from .scheme import STRICT, ActivationScheme, QuantScheme
+from .scheme import STRICT, ActivationScheme, QuantScheme, VocabularyScheme
 
 FactorDtype = Literal["bfloat16", "float16", "float32", "int8", "int4", "mxint8", "mxint6", "mxint4"]
 Option: TypeAlias = bool | int | float | str
@@ -220,6 +220,7 @@ class BuildConfig:
     objective:   what the codes stand in for. ``weight``: the dense weight. ``output``: the weight which, from the
         inputs of the quantized network, comes closest to what the dense network's layer puts out (GPTAQ's objective,
         arXiv 2504.02692)
+    vocabulary:  number formats of embedding and output head, which ``scheme`` does not apply to
     budget:      None: the scheme and rank below for every layer
     layers:      exceptions, by the module path of the linear layer
     """
@@ -235,6 +236,7 @@ class BuildConfig:
     budget: BudgetConfig | None = None
     layers: dict[str, LayerConfig] = field(default_factory=dict)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    vocabulary: VocabularyScheme = field(default_factory=VocabularyScheme)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dict, for JSON."""

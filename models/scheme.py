@@ -102,6 +102,56 @@ class QuantScheme:
         return f"{self.format.upper()}{width}{symmetry}, {group}"
 
 
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+"""Module paths of the two matrices with one row per token."""
+
+_VOCABULARY_GROUP_SIZES = (64, 32, PER_CHANNEL)
+
+
+@with_config(STRICT)
+@dataclass(frozen=True, slots=True)
+class VocabularyScheme:
+    """Number formats of the matrices with one row per token of the vocabulary: output head and embedding.
+
+    A tied head with its embedding, both of 8 bits, stays one matrix. Any other quantized head of a tied network is
+    stored beside the embedding.
+
+    head_bits:      16: as the checkpoint has it, narrowed to 16 bits; 8, 4: symmetric integers in groups of 64
+    embedding_bits: 16, 8: the same; single rows are dequantized as tokens ask for them
+    """
+
+    head_bits: int = 16
+    embedding_bits: int = 16
+
+    def __post_init__(self) -> None:
+        if self.head_bits not in (16, 8, 4):
+            raise SchemeError(f"head_bits is {self.head_bits}; choose 16, 8 or 4")
+        if self.embedding_bits not in (16, 8):
+            raise SchemeError(f"embedding_bits is {self.embedding_bits}; choose 16 or 8")
+
+    def quantized(self, *, is_tied: bool) -> tuple[str, ...]:
+        """Module paths of the matrices that are stored as codes; one path where both are the same matrix.
+
+        Raises:
+            SchemeError: an 8-bit embedding beside a tied head of 16 bits, which would only be larger than the two as
+                one.
+        """
+        has_embedding, has_head = self.embedding_bits < 16, self.head_bits < 16
+        if is_tied and has_embedding and not has_head:
+            raise SchemeError(
+                "the head is tied to the embedding: embedding_bits 8 beside head_bits 16 would store both, in more "
+                "bytes than neither quantized takes; choose head_bits 8 or 4 as well"
+            )
+        is_shared = is_tied and self.head_bits == self.embedding_bits
+        chosen = ((EMBEDDING, has_embedding), (HEAD, has_head and not is_shared))
+        return tuple(path for path, is_quantized in chosen if is_quantized)
+
+    def scheme(self, path: str, hidden_size: int) -> QuantScheme:
+        """The format of the quantized matrix ``path``: groups of 64, where they do not tile a row of 32, or one."""
+        size = next(it for it in _VOCABULARY_GROUP_SIZES if it == PER_CHANNEL or hidden_size % it == 0)
+        return QuantScheme(self.head_bits if path == HEAD else self.embedding_bits, size, is_symmetric=True)
+
+
 PER_TOKEN = -1
 ActivationFormat = Literal["int", "mxint", "mxfp4"]
 ACTIVATION_GROUP_SIZES: dict[ActivationFormat, tuple[int, ...]] = {

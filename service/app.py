@@ -19,7 +19,7 @@ from .api.schemas import ChatBody, CompletionBody, PerplexityBody
 from .deps import Context
 from .engine.async_engine import AsyncEngine
 from .engine.block_manager import BLOCK_SIZE, BlockManager
-from .engine.capacity import CacheLimits, CachePlan, plan_cache
+from .engine.capacity import CacheLimits, CachePlan, plan_cache, step_tokens
 from .engine.engine import Engine
 from .engine.runner import Runner
 from .engine.scheduler import Scheduler
@@ -41,7 +41,7 @@ def create_app(loaded: LoadedModel, settings: Settings) -> FastAPI:
     """The application that serves ``loaded``; its engine runs from the application's start to its shutdown.
 
     Raises:
-        QerveError: the cache that the settings ask for cannot be had.
+        QerveError: the cache or the steps that the settings ask for cannot be had.
     """
     started = time.perf_counter()
     model = loaded.model
@@ -82,7 +82,8 @@ def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: M
     model = loaded.model
     kv_cache = PagedKVCache(model.config, plan.num_blocks, BLOCK_SIZE, model.dtype, model.device)
     blocks = BlockManager(plan.num_blocks)
-    scheduler = Scheduler(blocks, settings.max_num_seqs, settings.max_num_batched_tokens)
+    budget = step_tokens(model.device.type, settings.max_num_seqs, settings.max_num_batched_tokens)
+    scheduler = Scheduler(blocks, settings.max_num_seqs, budget)
     engine = Engine(Runner(model, kv_cache), scheduler, loaded.tokenizer, metrics)
     metrics.add_value("num_requests_running", "Sequences being generated", lambda: len(scheduler.running))
     metrics.add_value("num_requests_waiting", "Sequences that wait for a seat", lambda: len(scheduler.waiting))

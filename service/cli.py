@@ -33,6 +33,9 @@ def serve(  # noqa: PLR0917 typer makes an option of each
         int | None, typer.Option(help="Tokens of prompt and output together. [default: the model's context]")
     ] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences generated at once. [default: 8]")] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of one step; longer prompts run in chunks. [default: 512, on a GPU 2048]")
+    ] = None,
     kv_cache_memory: Annotated[
         str | None, typer.Option(help="Key-value cache, e.g. 2GiB. [default: from free memory]")
     ] = None,

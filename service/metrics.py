@@ -96,16 +96,16 @@ class Metrics(EngineObserver):
 
     def client_disconnected(self) -> None:
         """A client left before its answer was complete."""
-        self._disconnects.labels(**self._labels).inc()
+        self._disconnects.inc()
 
     def request_accepted(self, num_choices: int) -> None:
         """A call for ``num_choices`` outputs per prompt was admitted."""
-        self._params_n.labels(**self._labels).observe(num_choices)
+        self._params_n.observe(num_choices)
 
     def perplexity_scored(self, num_tokens: int) -> None:
         """A perplexity request is answered."""
-        self._perplexity_requests.labels(**self._labels).inc()
-        self._perplexity_tokens.labels(**self._labels).inc(num_tokens)
+        self._perplexity_requests.inc()
+        self._perplexity_tokens.inc(num_tokens)
 
     def http_finished(self, method: str, path: str, status: int, seconds: float) -> None:
         """A response is complete; ``path`` is the route's template."""
@@ -114,40 +114,40 @@ class Metrics(EngineObserver):
 
     def step_ran(self, num_tokens: int) -> None:
         """See ``EngineObserver``."""
-        self._iteration_tokens.labels(**self._labels).observe(num_tokens)
+        self._iteration_tokens.observe(num_tokens)
 
     def token_generated(self, request: Request, previous_seconds: float | None) -> None:
         """See ``EngineObserver``."""
         now = request.last_token_seconds or 0.0
-        self._generation_tokens.labels(**self._labels).inc()
+        self._generation_tokens.inc()
         if previous_seconds is None:
-            self._prompt_tokens.labels(**self._labels).inc(request.num_prompt_tokens)
-            self._ttft.labels(**self._labels).observe(now - request.arrival_seconds)
+            self._prompt_tokens.inc(request.num_prompt_tokens)
+            self._ttft.observe(now - request.arrival_seconds)
         else:
-            self._inter_token.labels(**self._labels).observe(now - previous_seconds)
+            self._inter_token.observe(now - previous_seconds)
 
     def request_finished(self, request: Request) -> None:
         """See ``EngineObserver``."""
         self._success.labels(**self._labels, finished_reason=str(request.finish_reason)).inc()
         finished, first = request.finished_seconds or 0.0, request.first_token_seconds
-        self._e2e.labels(**self._labels).observe(finished - request.arrival_seconds)
-        self._request_prompt_tokens.labels(**self._labels).observe(request.num_prompt_tokens)
-        self._request_generation_tokens.labels(**self._labels).observe(request.num_output_tokens)
-        self._params_max_tokens.labels(**self._labels).observe(request.params.max_tokens)
+        self._e2e.observe(finished - request.arrival_seconds)
+        self._request_prompt_tokens.observe(request.num_prompt_tokens)
+        self._request_generation_tokens.observe(request.num_output_tokens)
+        self._params_max_tokens.observe(request.params.max_tokens)
         scheduled = request.scheduled_seconds
         if scheduled is None or first is None:
             return
-        self._queue_time.labels(**self._labels).observe(scheduled - request.arrival_seconds)
-        self._inference_time.labels(**self._labels).observe(finished - scheduled)
-        self._prefill_time.labels(**self._labels).observe(first - scheduled)
-        self._decode_time.labels(**self._labels).observe(finished - first)
+        self._queue_time.observe(scheduled - request.arrival_seconds)
+        self._inference_time.observe(finished - scheduled)
+        self._prefill_time.observe(first - scheduled)
+        self._decode_time.observe(finished - first)
         if request.num_output_tokens > 1:
             per_token = (finished - first) / (request.num_output_tokens - 1)
-            self._time_per_token.labels(**self._labels).observe(per_token)
+            self._time_per_token.observe(per_token)
 
     def logits_not_finite(self) -> None:
         """See ``EngineObserver``."""
-        self._nonfinite.labels(**self._labels).inc()
+        self._nonfinite.inc()
 
     def _add_counters(self) -> None:
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed")
@@ -187,17 +187,15 @@ class Metrics(EngineObserver):
         )  # fmt: skip
 
     def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
+        """Without further ``labels``, the model's own: looking it up by its labels costs more than counting."""
         counter = Counter(f"qerve_{name}", documentation, [*self._labels, *labels], registry=self.registry)
-        if not labels:
-            counter.labels(**self._labels)  # present as 0 before the first event
-        return counter
+        return counter if labels else counter.labels(**self._labels)
 
     def _histogram(self, name: str, documentation: str, buckets: Sequence[float]) -> Histogram:
         histogram = Histogram(
             f"qerve_{name}", documentation, list(self._labels), registry=self.registry, buckets=buckets
         )
-        histogram.labels(**self._labels)
-        return histogram
+        return histogram.labels(**self._labels)
 
 
 def _process_memory() -> list[Reading]:

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from models.artifact.describe import describe_budget, describe_quantizer, describe_scheme, describe_transform
+from models.artifact.describe import (
+    describe_budget,
+    describe_quantizer,
+    describe_scheme,
+    describe_transform,
+    describe_vocabulary,
+)
 from models.artifact.format import FORMAT, Manifest
 from models.kernels.base import Selection
 
@@ -73,6 +79,7 @@ class ModelInfo:
                 "rank": self.rank,
                 "schemes": self.schemes,
                 "effective_bits": manifest.effective_bits,
+                **{name: asdict(part) for name, part in describe_vocabulary(manifest).items()},
                 "component_bytes": dict(manifest.component_bytes),
                 "dense_bytes": manifest.dense_bytes,
                 "evaluation": dict(manifest.evaluation),

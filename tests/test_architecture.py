@@ -180,6 +180,7 @@ RULES: dict[str, Rule] = {
     "block manager holds no tensors": forbid("service/engine/block_manager.py", "torch"),
     "scheduler holds no tensors": forbid("service/engine/scheduler.py", "torch"),
     "triton stays in its kernels": forbid("*", "triton", unless="models/kernels/triton_*.py"),
+    "native kernels are called in one place": forbid("models/kernels/*", "ctypes", unless="models/kernels/native/*"),
     "own package is imported relatively": own_package_is_imported_relatively,
     "nothing is unpickled": nothing_is_unpickled,
     "no remote code": no_remote_code,
@@ -227,6 +228,7 @@ OFFENDERS = [
     ("scheduler holds no tensors", "service/engine/scheduler.py", "import torch.nn as nn"),
     ("triton stays in its kernels", "models/kernels/cpu.py", "import triton.language as tl"),
     ("triton stays in its kernels", "service/app.py", "import triton"),
+    ("native kernels are called in one place", "models/kernels/cpu.py", "from ctypes import CDLL"),
     ("own package is imported relatively", "models/quant/rtn.py", "from models.types import QuantizedWeight"),
     ("own package is imported relatively", "service/app.py", "import service.settings"),
     ("nothing is unpickled", "models/a.py", "import pickle"),
@@ -250,6 +252,7 @@ INNOCENT = [
     ("reconstruct is pure", "models/reconstruct/qera.py", "from ..quant.rtn import quantize_rtn\nimport torch"),
     ("llama is below the artifact", "models/llama/model.py", "from ..layers.linear import DenseLinear"),
     ("triton stays in its kernels", "models/kernels/triton_linear.py", "import triton"),
+    ("native kernels are called in one place", "models/kernels/native/library.py", "import ctypes"),
     ("own package is imported relatively", "service/app.py", "from models.errors import QerveError"),
     ("own package is imported relatively", "models/a/b.py", "from ..types import Correction"),
     (

@@ -33,23 +33,30 @@ from .layout import ExpectedTensor, StoredTensor, TensorError, expected_layer, e
 from .record import LinearRecord, Record
 
 DENSE_BYTES_PER_PARAMETER = 2
+_ONLY_WHERE_QUANTIZED = frozenset(("embedding", "head"))
 
 
 class ShardProgress(Record):
-    """A finished shard: its record, those of its tensors, and those of its linear layers (none in the last shard)."""
+    """A finished shard: its record, those of its tensors, and those of its linear layers.
+
+    Those of the last shard are embedding and head, as far as they are quantized.
+    """
 
     file: FileRecord
     tensors: dict[TensorName, TensorRecord]
     linears: dict[TensorName, LinearRecord]
 
 
-def expected_tensors(config: LlamaConfig, linears: Mapping[str, LinearRecord]) -> dict[str, ExpectedTensor]:
+def expected_tensors(
+    config: LlamaConfig, linears: Mapping[str, LinearRecord], vocabulary: Mapping[str, LinearRecord]
+) -> dict[str, ExpectedTensor]:
     """Every tensor of an artifact by name.
 
     Raises:
-        TensorError: the records are not those of the network's linear layers, or differ from their shapes.
+        TensorError: the records are not those of the network's linear layers and of its quantized embedding and head,
+            or differ from their shapes.
     """
-    expected = expected_rest(config)
+    expected = expected_rest(config, vocabulary)
     remaining = dict(linears)
     for layer_index in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer_index}."
@@ -63,10 +70,11 @@ def expected_tensors(config: LlamaConfig, linears: Mapping[str, LinearRecord]) -
 def component_bytes(
     tensors: Mapping[str, TensorRecord], expected: Mapping[str, ExpectedTensor]
 ) -> dict[Component, int]:
-    """Stored bytes by component; every component is present."""
-    totals: dict[Component, int] = dict.fromkeys(get_args(Component), 0)
+    """Stored bytes by component; all but ``embedding`` and ``head`` are present whether or not they are used."""
+    totals: dict[Component, int] = {name: 0 for name in get_args(Component) if name not in _ONLY_WHERE_QUANTIZED}
     for name, spec in expected.items():
-        totals[spec.component] += StoredTensor(tensors[name].dtype, tensors[name].shape).num_bytes
+        num_bytes = StoredTensor(tensors[name].dtype, tensors[name].shape).num_bytes
+        totals[spec.component] = totals.get(spec.component, 0) + num_bytes
     return totals
 
 
@@ -140,7 +148,8 @@ def build_manifest(
         if not math.isfinite(value):
             raise ArtifactError(f"evaluation: {name} is {value}: the quantized network is broken; give it more bits")
     tensors = {name: record for shard in shards for name, record in shard.tensors.items()}
-    linears = {path: record for shard in shards for path, record in shard.linears.items()}
+    linears = {path: record for shard in shards[:-1] for path, record in shard.linears.items()}
+    vocabulary = shards[-1].linears
     shard_files = {shard_name(index, len(shards)): shard.file for index, shard in enumerate(shards)}
     values: dict[str, Any] = {
         "format": FORMAT,
@@ -149,9 +158,10 @@ def build_manifest(
         "checkpoint_fingerprint": checkpoint_fingerprint,
         "calibration_fingerprint": calibration_fingerprint,
         "linears": linears,
+        "vocabulary": vocabulary,
         "tensors": tensors,
         "files": {**files, **shard_files},
-        "component_bytes": component_bytes(tensors, expected_tensors(config, linears)),
+        "component_bytes": component_bytes(tensors, expected_tensors(config, linears, vocabulary)),
         "effective_bits": effective_bits(linears),
         "dense_bytes": dense_bytes(config),
         "evaluation": dict(evaluation),

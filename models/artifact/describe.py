@@ -1,7 +1,53 @@
 """How an artifact was made, in a few words per part: for tables, and for whoever asks the server."""
 
+from dataclasses import dataclass, replace
+
 from ..config import BudgetConfig, BuildConfig, QuantizerConfig, ReconstructConfig, TransformConfig
-from ..scheme import ActivationScheme, QuantScheme
+from ..scheme import EMBEDDING, HEAD, ActivationScheme, QuantScheme, VocabularyScheme
+from .format import Manifest
+from .layout import DTYPES, StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyPart:
+    """The embedding or the output head as it is stored.
+
+    format:          ``INT4 symmetric, group 64``, or the type of its numbers, ``BF16``
+    bits_per_weight: of codes and scales
+    num_bytes:       of its own; 0 for a head that is the embedding's matrix
+    """
+
+    format: str
+    bits_per_weight: float
+    num_bytes: int
+
+
+def describe_vocabulary(manifest: Manifest) -> dict[str, VocabularyPart]:
+    """``embedding`` and ``head`` of an artifact."""
+    embedding = _vocabulary_part(manifest, EMBEDDING)
+    has_own_head = any(name.startswith(f"{HEAD}.") for name in manifest.tensors)
+    head = _vocabulary_part(manifest, HEAD) if has_own_head else replace(embedding, num_bytes=0)
+    return {"embedding": embedding, "head": head}
+
+
+def vocabulary_rows(manifest: Manifest) -> dict[str, str]:
+    """``embedding`` and ``output head`` with format, bits and size, for tables of name and value."""
+    parts = describe_vocabulary(manifest)
+    rows = {
+        name: f"{part.format}, {part.bits_per_weight:.3g} bits per weight, {part.num_bytes / 2**20:.1f} MiB"
+        for name, part in (("embedding", parts["embedding"]), ("output head", parts["head"]))
+    }
+    return rows if parts["head"].num_bytes else rows | {"output head": "the embedding"}
+
+
+def _vocabulary_part(manifest: Manifest, path: str) -> VocabularyPart:
+    records = [record for name, record in manifest.tensors.items() if name.startswith(f"{path}.")]
+    tensors = [StoredTensor(record.dtype, record.shape) for record in records]
+    num_bytes = sum(tensor.num_bytes for tensor in tensors)
+    codes = manifest.vocabulary.get(path)
+    if codes is None:
+        return VocabularyPart(tensors[0].dtype, 8.0 * DTYPES[tensors[0].dtype].itemsize, num_bytes)
+    return VocabularyPart(describe_scheme(codes.scheme), codes.effective_bits, num_bytes)
 
 
 def describe_build(build: BuildConfig) -> dict[str, str]:
@@ -10,6 +56,7 @@ def describe_build(build: BuildConfig) -> dict[str, str]:
     parts = {
         "weights": f"{describe_scheme(build.scheme)}, {describe_quantizer(build.quantizer)}",
         "activations": None if build.activations is None else describe_scheme(build.activations),
+        "vocabulary": describe_vocabulary_scheme(build.vocabulary),
         "attention inputs": None if build.attention is None else describe_scheme(build.attention),
         "transform": describe_transform(build.transform),
         "objective": None if build.objective == "weight" else build.objective,
@@ -26,6 +73,12 @@ def describe_scheme(scheme: QuantScheme | ActivationScheme) -> str:
     """``MXINT4, group 32, ceil exponents``: its name in tables, with what that leaves out."""
     is_ceil = scheme.format == "mxint" and scheme.exponent == "ceil"
     return f"{scheme}, ceil exponents" if is_ceil else str(scheme)
+
+
+def describe_vocabulary_scheme(scheme: VocabularyScheme) -> str | None:
+    """``head 4 bits, embedding 8 bits``; None: both at 16 bits."""
+    bits = {"head": scheme.head_bits, "embedding": scheme.embedding_bits}
+    return ", ".join(f"{name} {number} bits" for name, number in bits.items() if number < 16) or None
 
 
 def describe_quantizer(quantizer: QuantizerConfig) -> str:

@@ -24,8 +24,16 @@ Tensors of a linear layer, named by its Hugging Face module path and one of
                        lora_up as (rank, out_features) unless it stands alone
     input_scale        (in_features,), channel_order int32 (in_features,), bias (out_features,)
 
+A quantized output head (``lm_head``) is stored like a linear layer, and so is a quantized embedding
+(``model.embed_tokens``), whose rows are those of the vocabulary. Both have weight_packed and weight_scale only. Where a
+tied head has the embedding's 8 bits, the embedding's codes are the head's too and are stored once.
+
 Every other tensor keeps its Hugging Face name and the floating-point type it was given in.
 Equal inputs give equal bytes: no times, no paths, sorted keys.
+
+The name of the format changes when what is stored changes its meaning. What is added has a default that stands for its
+absence, as ``vocabulary`` has in the manifest: artifacts from before are read as they are, and a reader from before
+refuses what it does not know.
 """
 
 import hashlib
@@ -57,7 +65,7 @@ FileName = Annotated[str, StringConstraints(pattern=f"^{FILE_NAME_PATTERN}$")]
 TensorName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.]+$", max_length=300)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 DtypeName = Literal["F32", "F16", "BF16", "I32", "U8"]
-Component = Literal["packed", "scale", "zero_point", "lora_up", "lora_down", "unquantized"]
+Component = Literal["packed", "scale", "zero_point", "lora_up", "lora_down", "unquantized", "embedding", "head"]
 
 
 class FileRecord(Record):
@@ -82,10 +90,12 @@ class Manifest(Record):
     Reading one raises SchemeError, beside pydantic's error, when ``build`` asks for what cannot be.
 
     linears:         per module path; this is the build's per-layer report
+    vocabulary:      the same of embedding and output head, as far as they are quantized
     tensors:         per tensor name
     files:           per file name, all but this one
-    component_bytes: stored bytes by component; biases, input scales and channel orders count as ``unquantized``
-    effective_bits:  stored bits per weight over all linear layers
+    component_bytes: stored bytes by component; biases, input scales and channel orders count as ``unquantized``;
+        ``embedding`` and ``head`` are there where quantized, codes and scales together
+    effective_bits:  stored bits per weight over all of ``linears``
     dense_bytes:     what all parameters of the checkpoint take at 16 bits
     evaluation:      what the build measured, e.g. dense and quantized perplexity
     manifest_sha256: of the canonical JSON of all the other fields
@@ -97,6 +107,7 @@ class Manifest(Record):
     checkpoint_fingerprint: str
     calibration_fingerprint: str | None
     linears: dict[TensorName, LinearRecord]
+    vocabulary: dict[TensorName, LinearRecord] = Field(default_factory=dict)
     tensors: dict[TensorName, TensorRecord]
     files: dict[FileName, FileRecord]
     component_bytes: dict[Component, Count]

@@ -1,7 +1,7 @@
 """What ``qerve inspect`` shows: the manifest's figures, and the kernel backend that each layer would get here."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -9,7 +9,8 @@ import torch
 from ..device import default_dtype
 from ..kernels import get_backends
 from ..kernels.base import LinearSpec, Selection, select_backend
-from .describe import describe_build, describe_scheme
+from ..scheme import EMBEDDING, HEAD
+from .describe import describe_build, describe_scheme, describe_vocabulary, vocabulary_rows
 from .format import Manifest
 from .reader import ArtifactReader
 from .record import LinearRecord
@@ -19,7 +20,10 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """An artifact's manifest, and per linear layer the backend that would run it on this machine."""
+    """An artifact's manifest, and per linear layer the backend that would run it on this machine.
+
+    selections: of the decoder layers' linear layers and, where it is quantized, of the head
+    """
 
     path: Path
     manifest: Manifest
@@ -27,8 +31,9 @@ class Inspection:
     dtype: torch.dtype
 
     def to_dict(self) -> dict[str, object]:
-        """The manifest without its list of tensors and files, and the backends, as plain values."""
+        """The manifest without its list of tensors and files, embedding, head and backends, as plain values."""
         values = self.manifest.model_dump(mode="json", exclude={"tensors", "files"})
+        values |= {name: asdict(part) for name, part in describe_vocabulary(self.manifest).items()}
         return values | {"path": str(self.path), "backends": self.num_layers_by_backend, "passed_over": self.reasons}
 
     @property
@@ -48,6 +53,7 @@ class Inspection:
         rows = {"format": f"{manifest.format}, built by qerve {manifest.qerve_version}"}
         rows |= describe_build(manifest.build) | self._scheme_rows()
         rows["effective bits per weight"] = f"{manifest.effective_bits:.3f}"
+        rows |= vocabulary_rows(manifest)
         rows["size"] = f"{manifest.artifact_bytes / MIB:.1f} MiB (dense 16-bit: {manifest.dense_bytes / MIB:.1f} MiB)"
         rows |= {f"  {name}": f"{size / MIB:.1f} MiB" for name, size in manifest.component_bytes.items() if size}
         rows |= {f"holdout {name}": f"{value:.4g}" for name, value in manifest.evaluation.items()}
@@ -69,7 +75,7 @@ class Inspection:
     def layer_rows(self) -> list[tuple[str, ...]]:
         """One row per linear layer: path, bits, group, rank, effective bits, weight and output error, backend."""
         linears = self.manifest.linears
-        return [_layer_row(path, linears[path], self.selections[path]) for path in self.selections]
+        return [_layer_row(path, linears[path], it) for path, it in self.selections.items() if path in linears]
 
 
 def inspect_artifact(path: Path, device: str, is_verified: bool) -> Inspection:
@@ -82,9 +88,12 @@ def inspect_artifact(path: Path, device: str, is_verified: bool) -> Inspection:
     dtype = default_dtype(target)
     with ArtifactReader.open(path, "full" if is_verified else "structure") as reader:
         backends = get_backends("auto")
+        records = {name: reader.manifest.linears[name] for name in reader.config.linear_shapes()}
+        if reader.config.is_head_quantized:
+            vocabulary = reader.manifest.vocabulary
+            records[HEAD] = vocabulary.get(HEAD) or vocabulary[EMBEDDING]
         selections = {
-            name: select_backend(_spec(reader.manifest.linears[name], target, dtype), backends, name)
-            for name in reader.config.linear_shapes()
+            name: select_backend(_spec(record, target, dtype), backends, name) for name, record in records.items()
         }
         return Inspection(path, reader.manifest, selections, dtype)
 

@@ -1,16 +1,16 @@
 """Which tensors an artifact holds: names, shapes, types and shards, as the configuration and the records imply them."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..config import FactorDtype
 from ..errors import ArtifactError
-from ..llama.config import LlamaConfig
+from ..llama.config import LinearShape, LlamaConfig
 from ..quant.factors import FLOAT_FACTORS
 from ..quant.packing import packed_columns
-from ..scheme import QuantScheme
+from ..scheme import HEAD, QuantScheme
 from .factors import FactorShape
 from .format import Component, DtypeName, shard_name
 from .record import LinearRecord
@@ -90,20 +90,50 @@ def expected_layer(
     expected: dict[str, ExpectedTensor] = {}
     for path, shape in shapes.items():
         record = records[path]
-        found, needed = (record.out_features, record.in_features), (shape.out_features, shape.in_features)
-        if found != needed:
-            raise TensorError(path, f"recorded as a {found} matrix, but the network needs {needed}")
+        _check_shape(path, record, shape)
         if shape.has_bias and not record.has_bias:
             raise TensorError(path, "recorded without a bias, but the network needs one")
         expected |= expected_linear(path, record, file)
     return expected | _expected_unquantized(layer_shapes(config, layer_index), file)
 
 
-def expected_rest(config: LlamaConfig) -> dict[str, ExpectedTensor]:
-    """Tensors of the last shard by name."""
-    return _expected_unquantized(
-        rest_shapes(config), shard_name(config.num_hidden_layers, config.num_hidden_layers + 1)
-    )
+def expected_rest(config: LlamaConfig, records: Mapping[str, LinearRecord]) -> dict[str, ExpectedTensor]:
+    """Tensors of the last shard by name; ``records`` of a quantized embedding and head.
+
+    Raises:
+        TensorError: the records are not those that ``config`` lists, differ from their shapes, or hold more than codes.
+    """
+    file = shard_name(config.num_hidden_layers, config.num_hidden_layers + 1)
+    shapes = config.vocabulary_shapes()
+    check_names(records.keys(), shapes.keys(), "record")
+    expected = _expected_unquantized(rest_shapes(config), file)
+    for path, shape in shapes.items():
+        _check_shape(path, records[path], shape)
+        _check_codes_only(path, records[path])
+        component: Component = "head" if path == HEAD else "embedding"
+        tensors = expected_linear(path, records[path], file)
+        expected |= {name: replace(spec, component=component) for name, spec in tensors.items()}
+    return expected
+
+
+def _check_shape(path: str, record: LinearRecord, shape: LinearShape) -> None:
+    found, needed = (record.out_features, record.in_features), (shape.out_features, shape.in_features)
+    if found != needed:
+        raise TensorError(path, f"recorded as a {found} matrix, but the network needs {needed}")
+
+
+def _check_codes_only(path: str, record: LinearRecord) -> None:
+    parts = {
+        "a correction": record.rank > 0,
+        "a bias": record.has_bias,
+        "an input scale": record.has_input_scale,
+        "a channel order": record.has_channel_order,
+        "a rotation": record.rotation_block > 0,
+        "quantized inputs": record.activations is not None,
+    }
+    for name, is_there in parts.items():
+        if is_there:
+            raise TensorError(path, f"recorded with {name}, which embedding and head do not have")
 
 
 def expected_linear(path: str, record: LinearRecord, file: str) -> dict[str, ExpectedTensor]:

@@ -17,6 +17,8 @@ from ..layers.linear import LowRankLinear
 from ..llama.model import LlamaForCausalLM
 from ..llama.tokenizer import Tokenizer
 from ..memory import return_freed_memory
+from ..scheme import EMBEDDING, HEAD
+from ..types import LinearWeights
 from .format import Manifest
 from .reader import ArtifactReader, Verify
 
@@ -25,9 +27,10 @@ from .reader import ArtifactReader, Verify
 class LoadedModel:
     """A network ready to run, with what an operator wants to know about it.
 
-    selections:     per linear layer: the backend that runs it, and why others do not
+    selections:     per linear layer, a quantized head included: the backend that runs it, and why others do not
     weight_bytes:   bytes as stored, by component (``Manifest.component_bytes``)
-    resident_bytes: bytes in memory, by the backend's name; ``unquantized`` for everything else
+    resident_bytes: bytes in memory, by the backend's name; ``embedding`` for a quantized one of its own,
+        ``unquantized`` for everything else
     load_seconds:   from the first file opened to the network built, verification included
     """
 
@@ -56,6 +59,7 @@ class ArtifactWeights:
         self._backends = backends
         self._device = device
         self._dtype = dtype
+        self._shared_head: LowRankLinear | None = None
 
     def tensor(self, name: str) -> Tensor:
         """An unquantized parameter on its device.
@@ -72,16 +76,33 @@ class ArtifactWeights:
     def linear(self, path: str) -> nn.Module:
         """The quantized linear layer at ``path``, repacked by the backend that was selected for it.
 
+        A quantized embedding goes to the reference backend, which gives single rows; one that is the head too goes to
+        the head's, and is kept once more by the reference backend only if that one does not give single rows.
+
         Raises:
             ArtifactError: there is none, or a value is one that no network can run with.
             KernelError: no backend can run it.
         """
+        if path == HEAD and self._shared_head is not None:
+            return self._shared_head
         weights = self._reader.linear(path)
-        layer = LowRankLinear.of(weights, self._backends, device=self._device, dtype=self._dtype, where=path)
-        self.selections[path] = layer.selection
-        self.resident_bytes[layer.selection.backend.name] += layer.nbytes
+        layer = self._embedding(weights) if path == EMBEDDING else self._layer(path, weights, self._backends)
         del weights
         return_freed_memory()
+        return layer
+
+    def _embedding(self, weights: LinearWeights) -> LowRankLinear:
+        if HEAD not in self._reader.config.vocabulary and self._reader.config.is_head_quantized:
+            self._shared_head = self._layer(HEAD, weights, self._backends)
+            if self._shared_head.has_rows:
+                return self._shared_head
+        return self._layer(EMBEDDING, weights, get_backends("reference"))
+
+    def _layer(self, path: str, weights: LinearWeights, backends: Sequence[KernelBackend]) -> LowRankLinear:
+        layer = LowRankLinear.of(weights, backends, device=self._device, dtype=self._dtype, where=path)
+        if path != EMBEDDING:  # its rows are looked up, nothing is multiplied
+            self.selections[path] = layer.selection
+        self.resident_bytes["embedding" if path == EMBEDDING else layer.selection.backend.name] += layer.nbytes
         return layer
 
 

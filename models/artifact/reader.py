@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError
 from ..llama.config import LlamaConfig
+from ..scheme import EMBEDDING, HEAD
 from ..types import LinearWeights
 from .format import CONFIG_FILE, GENERATION_CONFIG_FILE, INDEX_FILE, Manifest
 from .jsonio import parse_json_object
@@ -119,11 +120,16 @@ class ArtifactReader:
     def linear(self, path: str) -> LinearWeights:
         """The quantized linear layer at module ``path``, on the CPU.
 
+        Also a quantized output head, ``lm_head``, and a quantized embedding, ``model.embed_tokens``, whose rows are the
+        vocabulary's. A head that shares the embedding's codes is read from there.
+
         Raises:
             ArtifactError: there is none, or a value would make the network wrong: a scale that is not positive, a
                 number that is not finite, a channel order that is not a permutation.
         """
-        record = self.manifest.linears.get(path)
+        if path == HEAD and path not in self.config.vocabulary and self.config.is_head_quantized:
+            path = EMBEDDING
+        record = self.manifest.linears.get(path) or self.manifest.vocabulary.get(path)
         if record is None:
             raise ArtifactError(f"{self.path}: holds no linear layer {path!r}")
         with blaming(self.path / self.manifest.tensors[f"{path}.weight_packed"].file):

@@ -154,10 +154,12 @@ def network_config(hf_config: dict[str, Any], root: Path, manifest: Manifest) ->
     """The network that ``config.json`` describes, run as the manifest says, with as many layers as shards.
 
     Raises:
-        ArtifactError: not a supported network, attention that cannot be, or shards that are not those of its layers.
+        ArtifactError: not a supported network, attention or a vocabulary that cannot be, or shards that are not those
+            of its layers.
     """
     try:
-        config = LlamaConfig.from_hf(hf_config, str(root / CONFIG_FILE)).with_attention(manifest.build.attention)
+        config = LlamaConfig.from_hf(hf_config, str(root / CONFIG_FILE))
+        config = config.with_attention(manifest.build.attention).with_vocabulary(manifest.build.vocabulary)
     except CheckpointError as error:
         raise ArtifactError(f"{error}; rebuild the artifact") from error
     except SchemeError as error:
@@ -178,12 +180,12 @@ def check_manifest(manifest: Manifest, config: LlamaConfig, root: Path) -> None:
     """
     file = root / MANIFEST_FILE
     with blaming(file):
-        expected = expected_tensors(config, manifest.linears)
+        expected = expected_tensors(config, manifest.linears, manifest.vocabulary)
         check_tensors({name: StoredTensor(it.dtype, it.shape) for name, it in manifest.tensors.items()}, expected)
     for name, spec in expected.items():
         if manifest.tensors[name].file != spec.file:
             raise damaged(file, f"listed in {manifest.tensors[name].file}, but belongs in {spec.file}", name)
-    for path, record in manifest.linears.items():
+    for path, record in (manifest.linears | manifest.vocabulary).items():
         if not math.isclose(record.effective_bits, record_bits(record), rel_tol=1e-12):
             raise damaged(file, f"{path}: effective_bits {record.effective_bits}, but its tensors take another number")
     sums = {

@@ -46,6 +46,8 @@ from .reader import ArtifactReader
 from .record import LinearRecord
 from .shard import Shard, write_shard
 
+_REST = "final norm, embedding and head"
+
 
 class ArtifactWriter:
     """One build's output. Reopens what an interrupted build with an equal ``build_fingerprint`` left, else starts anew.
@@ -97,20 +99,42 @@ class ArtifactWriter:
         Raises:
             ArtifactError: the layer is not finished, or its shard is damaged.
         """
-        if layer_index not in self._shards and not self._is_finished(layer_index):
-            raise ArtifactError(f"{self._partial.path}: decoder layer {layer_index} is not finished; build it first")
-        with self._partial.blaming(f"decoder layer {layer_index}"), Shard(self._shard_path(layer_index)) as shard:
-            records = self._shards[layer_index].linears
-            return {path: decode_linear(path, record, shard.read) for path, record in records.items()}
+        return self._read_linears(layer_index, f"decoder layer {layer_index}")
 
-    def write_rest(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write what belongs to no decoder layer: embedding, final norm and, unless it is tied, the head.
+    def write_rest(
+        self,
+        tensors: Mapping[str, Tensor],
+        linears: Mapping[str, LinearWeights] | None = None,
+        records: Mapping[str, LinearRecord] | None = None,
+    ) -> None:
+        """Write what belongs to no decoder layer: final norm, embedding and, unless it is tied, the head.
+
+        Args:
+            tensors: as far as unquantized, by Hugging Face name
+            linears: embedding and head by module path, as far as the network's configuration lists them
+            records: one for each of these
 
         Raises:
             ArtifactError: as ``write_layer``.
         """
-        with self._partial.blaming("embeddings, final norm and head"):
-            self._write(self._config.num_hidden_layers, tensors, expected_rest(self._config), {})
+        stored: dict[str, Tensor] = dict(tensors)
+        with self._partial.blaming(_REST):
+            for path, weights in (linears or {}).items():
+                stored |= encode_linear(path, weights)
+            records = dict(records or {})
+            self._write(self._config.num_hidden_layers, stored, expected_rest(self._config, records), records)
+
+    def has_rest(self) -> bool:
+        """What belongs to no decoder layer is on disk, and its hash still matches."""
+        return self._is_finished(self._config.num_hidden_layers)
+
+    def read_vocabulary(self) -> dict[str, LinearWeights]:
+        """The quantized embedding and head, as far as there are any, by module path, on the CPU.
+
+        Raises:
+            ArtifactError: the last shard is not written, or damaged.
+        """
+        return self._read_linears(self._config.num_hidden_layers, _REST)
 
     def write_scales(self, scales: Mapping[str, Tensor]) -> None:
         """Keep the scales (out_features, num_groups) that every linear layer will get, before the first one does."""
@@ -190,6 +214,13 @@ class ArtifactWriter:
         progress = ShardProgress(file=written.file, tensors=written.tensors, linears=linears)
         write_bytes(self._progress_path(shard_index), canonical_json(progress.model_dump(mode="json")))
         self._shards[shard_index] = progress
+
+    def _read_linears(self, shard_index: int, part: str) -> dict[str, LinearWeights]:
+        if shard_index not in self._shards and not self._is_finished(shard_index):
+            raise ArtifactError(f"{self._partial.path}: {part} is not finished; build it first")
+        with self._partial.blaming(part), Shard(self._shard_path(shard_index)) as shard:
+            records = self._shards[shard_index].linears
+            return {path: decode_linear(path, record, shard.read) for path, record in records.items()}
 
     def _write_file(self, name: str, data: bytes) -> FileRecord:
         return write_bytes(self._partial.artifact / name, data)

@@ -22,6 +22,7 @@ from .observer import BuildObserver
 from .recipe import training_method
 from .stream import CalibrationStreams, HiddenStream
 from .training import product_dtype, trainable_layer, training_batches
+from .vocabulary import quantized_embedding
 from .weights import LayerWeights, linear_module, write_layer
 
 
@@ -55,7 +56,7 @@ def train_end_to_end(
         observer: is told of the progress.
 
     Returns:
-        ``streams`` with the holdout taken through the new layers.
+        ``streams`` with the holdout that goes through quantized layers taken through the new ones.
 
     Raises:
         CalibrationError: the loss is not finite.
@@ -67,7 +68,7 @@ def train_end_to_end(
         scales = phase.train(streams.target, observer)
         writer.write_scales(scales)
     phase.apply(scales)
-    return replace(streams, holdout_quantized=phase.holdout())
+    return phase.with_new_holdout(streams)
 
 
 class _Phase:
@@ -108,7 +109,10 @@ class _Phase:
 
     def _start(self, tokens: CalibrationTokens) -> CalibrationStreams:
         """``tokens`` before the first layer."""
-        return CalibrationStreams.start(self._checkpoint, tokens, self._config.calibration, self._device)
+        embedding = quantized_embedding(self._checkpoint, self._config, self._device)
+        return CalibrationStreams.start(
+            self._checkpoint, tokens, self._config.calibration, self._device, quantized=embedding
+        )
 
     def _trainable(self, weights: LinearWeights) -> TrainableLinear:
         """``weights`` with nothing to train but their scales."""
@@ -136,10 +140,14 @@ class _Phase:
         self._layers[index] = linears
         write_layer(self._writer, self._checkpoint, index, linears, records)
 
-    def holdout(self) -> HiddenStream:
-        """The holdout through the layers as they are now."""
-        holdout = self._start(replace(self._tokens, statistics=self._tokens.statistics[:0])).holdout_quantized
+    def with_new_holdout(self, streams: CalibrationStreams) -> CalibrationStreams:
+        """``streams`` with the holdout through the layers as they are now."""
+        start = self._start(replace(self._tokens, statistics=self._tokens.statistics[:0]))
+        holdout, between = start.holdout_quantized, start.holdout_dense_embedding
         for index, weights in enumerate(self._layers):
             modules = {path: linear_module(path, it, self._device) for path, it in weights.items()}
-            holdout.advance(DecoderLayer(self._network, index, LayerWeights(self._dense, modules)))
-        return holdout
+            layer = DecoderLayer(self._network, index, LayerWeights(self._dense, modules))
+            for stream in (holdout, between):
+                if stream is not None:
+                    stream.advance(layer)
+        return replace(streams, holdout_quantized=holdout, holdout_dense_embedding=between)

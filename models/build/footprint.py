@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,7 +12,7 @@ from ..artifact.layout import layer_shapes, rest_shapes
 from ..budget import Choice, stored_bits
 from ..config import BuildConfig
 from ..device import default_dtype
-from ..kernels import get_backends
+from ..kernels import AUTO, get_backends
 from ..layers.linear import LowRankLinear
 from ..llama.checkpoint import Checkpoint
 from ..llama.config import LinearShape, LlamaConfig
@@ -21,6 +21,7 @@ from ..quant.factors import store_factors
 from ..quant.packing import packed_columns
 from ..reconstruct import get_reconstructor
 from ..reconstruct.serq import Serq
+from ..scheme import EMBEDDING, HEAD
 from ..types import LinearWeights, QuantizedWeight
 from .recipe import has_target_stream, rotation_block, sequences_together
 
@@ -45,7 +46,10 @@ def component_bytes(checkpoint: Checkpoint, config: BuildConfig, choices: Mappin
         sizes["unquantized"] += 4 * rows * shape.has_bias
         if choice.rank:
             _add_factors(sizes, config, shape, choice.rank, has_single_factor=has_single_factor)
-    sizes["unquantized"] += unquantized_bytes(checkpoint)
+    sizes["unquantized"] += unquantized_bytes(checkpoint, config)
+    for path, kind in _vocabulary_kinds(checkpoint, config).items():
+        component: Component = "head" if path == HEAD else "embedding"
+        sizes[component] += round(kind.choice.stored_bits / 8)
     return dict(sizes)
 
 
@@ -72,9 +76,9 @@ def _factor_bytes(config: BuildConfig, shape: LinearShape, rank: int, *, has_sin
     return round((with_factors - stored_bits(scheme, shape, 0, factor_dtype)) / 8)
 
 
-def unquantized_bytes(checkpoint: Checkpoint) -> int:
-    """Embedding, head and norms as an artifact stores them: matrices at 16 bits, vectors as they are."""
-    network = checkpoint.config
+def unquantized_bytes(checkpoint: Checkpoint, config: BuildConfig) -> int:
+    """Embedding, head and norms as an artifact stores them unquantized: matrices at 16 bits, vectors as they are."""
+    network = checkpoint.config.with_vocabulary(config.vocabulary)
     names = dict(rest_shapes(network))
     for index in range(network.num_hidden_layers):
         names |= layer_shapes(network, index)
@@ -95,7 +99,9 @@ def resident_bytes(
         for path, choice in choices.items()
     )
     total = sum(number * _layer_bytes(kind, config, device) for kind, number in kinds.items())
-    for shape in checkpoint.config.unquantized_shapes().values():
+    total += _vocabulary_resident_bytes(checkpoint, config, device)
+    network = checkpoint.config.with_vocabulary(config.vocabulary)
+    for shape in network.unquantized_shapes().values():
         total += math.prod(shape) * (_MATRIX_BYTES if len(shape) > 1 else dtype.itemsize)
     return total
 
@@ -131,12 +137,41 @@ class _Kind:
         )
 
 
-def _layer_bytes(kind: _Kind, config: BuildConfig, device: torch.device) -> int:
+def _vocabulary_kinds(checkpoint: Checkpoint, config: BuildConfig) -> dict[str, _Kind]:
+    """Embedding and head by module path, as far as they are quantized."""
+    kinds = {}
+    for path, shape in checkpoint.config.with_vocabulary(config.vocabulary).vocabulary_shapes().items():
+        scheme = config.vocabulary.scheme(path, shape.in_features)
+        bits = scheme.weight_bits(shape.in_features) * shape.out_features * shape.in_features
+        kinds[path] = _Kind(shape, Choice(scheme, 0, bits), 0)
+    return kinds
+
+
+def _vocabulary_resident_bytes(checkpoint: Checkpoint, config: BuildConfig, device: torch.device) -> int:
+    """Quantized embedding and head as they are kept: one for both only where the head's backend gives single rows."""
+    kinds, plain = _vocabulary_kinds(checkpoint, config), replace(config, activations=None)
+    is_shared = checkpoint.config.tie_word_embeddings and HEAD not in kinds
+    total = 0
+    for path, kind in kinds.items():
+        if path == HEAD or is_shared:
+            total += _layer_bytes(kind, plain, device)
+        if path == EMBEDDING and not (is_shared and _prepared(kind, 2 * _ROW_TILE, plain, device).has_rows):
+            total += _layer_bytes(kind, plain, device, "reference")
+    return total
+
+
+def _prepared(
+    kind: _Kind, num_rows: int, config: BuildConfig, device: torch.device, backend: str = AUTO
+) -> LowRankLinear:
+    weights, dtype = kind.weights(num_rows, config), default_dtype(device)
+    return LowRankLinear.of(weights, get_backends(backend), device=device, dtype=dtype, where="a planned layer")
+
+
+def _layer_bytes(kind: _Kind, config: BuildConfig, device: torch.device, backend: str = AUTO) -> int:
     """What the backend for layers of this kind keeps: asked for two narrow ones, it grows evenly with the rows."""
 
     def measured(num_rows: int) -> int:
-        weights, dtype = kind.weights(num_rows, config), default_dtype(device)
-        return LowRankLinear.of(weights, get_backends(), device=device, dtype=dtype, where="a planned layer").nbytes
+        return _prepared(kind, num_rows, config, device, backend).nbytes
 
     num_rows = kind.shape.out_features
     # As many rows beyond a whole tile as the layer has: backends differ in which numbers of rows they take.
@@ -180,7 +215,8 @@ def build_memory_bytes(network: LlamaConfig, config: BuildConfig) -> int:
     if calibration.source == "none":
         return memory_bound_bytes(network, 0, 0)
     has_target = has_target_stream(config)
-    num_sequences = calibration.num_sequences * (2 if has_target else 1) + 2 * calibration.num_holdout
+    num_holdouts = 3 if config.vocabulary.embedding_bits < 16 else 2
+    num_sequences = calibration.num_sequences * (2 if has_target else 1) + num_holdouts * calibration.num_holdout
     num_inside = num_tokens_inside(config)
     hidden_bytes = 4 * num_sequences * calibration.sequence_length * network.hidden_size
     return memory_bound_bytes(network, num_inside, hidden_bytes)

@@ -33,13 +33,15 @@ from .prepare import Prepared, prepare
 from .recipe import has_target_stream, sequences_together
 from .stream import CalibrationStreams
 from .training import num_blocks_together
-from .weights import stored_tensor
+from .vocabulary import needs_head_statistics, quantized_embedding, write_rest
 
 
 @dataclass(frozen=True, slots=True)
 class BuildReport:
     """What a build did and what it cost.
 
+    dense_vocabulary_perplexity: of the quantized layers between dense embedding and head; None where these are not
+        quantized
     peak_memory_bytes:      most that the layer-by-layer build held above what the process held before
     memory_bound_bytes:     dense embedding + one dense decoder layer (float32) + activations of the calibration set
     preparation_peak_bytes: the same as the first for what comes before the layers: encoding a text or having the
@@ -54,6 +56,7 @@ class BuildReport:
     preparation_peak_bytes: int
     dense_perplexity: float | None
     quantized_perplexity: float | None
+    dense_vocabulary_perplexity: float | None
     effective_bits: float
     artifact_bytes: int
     dense_bytes: int
@@ -101,13 +104,14 @@ def build_artifact(
         prepared = prepare(checkpoint, config, tokens, device, observer, store=statistics)
     return_freed_memory()
     with PeakMemory() as building:
-        writer = ArtifactWriter(out, prepared.checkpoint.config, identity, overwrite)
+        network = prepared.checkpoint.config.with_vocabulary(config.vocabulary)
+        writer = ArtifactWriter(out, network, identity, overwrite)
         streams, num_resumed = _build_layers(prepared, tokens, writer, device, observer)
         if trains_end_to_end(prepared.config):
             streams = train_end_to_end(
                 prepared.checkpoint, prepared.config, writer, tokens, streams=streams, device=device, observer=observer
             )
-        evaluation = holdout_evaluation(prepared.checkpoint, streams)
+        evaluation = holdout_evaluation(prepared.checkpoint, streams, writer.read_vocabulary())
         manifest = _finish(writer, prepared.checkpoint, config, tokens, evaluation)
     return BuildReport(
         artifact=str(out),
@@ -117,6 +121,7 @@ def build_artifact(
         memory_bound_bytes=memory_bound_bytes(checkpoint.config, streams.largest_batch, streams.nbytes),
         dense_perplexity=evaluation.get("dense_perplexity"),
         quantized_perplexity=evaluation.get("quantized_perplexity"),
+        dense_vocabulary_perplexity=evaluation.get("dense_vocabulary_perplexity"),
         effective_bits=manifest.effective_bits,
         artifact_bytes=directory_bytes(out),
         dense_bytes=checkpoint.dense_bytes,
@@ -131,13 +136,22 @@ def _build_layers(
     device: torch.device,
     observer: BuildObserver,
 ) -> tuple[CalibrationStreams, int]:
-    """Build every decoder layer; returns the streams at the network's end, and how many layers were there already."""
+    """Build every decoder layer and what belongs to none.
+
+    Returns:
+        The streams at the network's end, and how many layers were there already.
+    """
     checkpoint, config = prepared.checkpoint, prepared.config
-    if prepared.has_all_statistics:
+    if prepared.has_all_statistics and not needs_head_statistics(config):
         tokens = replace(tokens, statistics=tokens.statistics[:0])
-    has_target, together = has_target_stream(config), sequences_together(config)
     streams = CalibrationStreams.start(
-        checkpoint, tokens, config.calibration, device, has_target=has_target, num_together=together
+        checkpoint,
+        tokens,
+        config.calibration,
+        device,
+        has_target=has_target_stream(config),
+        num_together=sequences_together(config),
+        quantized=quantized_embedding(checkpoint, config, device),
     )
     dense = DenseWeights(checkpoint, torch.float32, device)
     builder = LayerBuilder(config, dense, writer, prepared.known)
@@ -150,6 +164,8 @@ def _build_layers(
         return_freed_memory()
         note = "" if trained is None else f"loss {trained.loss_before:.4f} to {trained.loss_after:.4f}"
         observer.progress(indices[-1] + 1, note)
+    # Before scales are trained end to end, so that a build which is interrupted then goes on to the same head.
+    write_rest(writer, checkpoint, config, streams.statistics, device)
     return streams, num_resumed
 
 
@@ -166,9 +182,7 @@ def _finish(
     tokens: CalibrationTokens,
     evaluation: dict[str, int | float],
 ) -> Manifest:
-    """Write what belongs to no decoder layer, and give the artifact its name."""
-    names = [name for name in checkpoint.config.unquantized_shapes() if not name.startswith("model.layers.")]
-    writer.write_rest({name: stored_tensor(checkpoint, name) for name in names})
+    """Give the artifact its name, with everything that the shards do not hold."""
     return writer.finish(
         build=_recorded(config),
         hf_config=checkpoint.hf_config,

@@ -35,6 +35,8 @@ def check_build(config: BuildConfig, network: LlamaConfig) -> None:
         if config.activations is not None:
             config.activations.check(shape.in_features, path)
     network.with_attention(config.attention)  # raises where its groups do not tile the heads
+    is_tied = network.tie_word_embeddings and config.transform.rotation != "offline"  # which unties the head
+    config.vocabulary.quantized(is_tied=is_tied)  # raises where it makes no sense
     if config.budget is not None:
         check_budget(config, network)
     _check_calibration(config, network)

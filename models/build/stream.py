@@ -14,6 +14,7 @@ from ..llama.batch import Batch
 from ..llama.checkpoint import Checkpoint
 from ..llama.model import embed
 from ..llama.rope import RotaryEmbedding
+from ..types import QuantizedWeight
 
 
 class HiddenStream:
@@ -29,10 +30,13 @@ class HiddenStream:
         self._rotary = rotary
 
     @classmethod
-    def embed(cls, tokens: Tensor, embedding: Tensor, batch_size: int, rotary: RotaryEmbedding) -> Self:
+    def embed(
+        cls, tokens: Tensor, embedding: Tensor | QuantizedWeight, batch_size: int, rotary: RotaryEmbedding
+    ) -> Self:
         """The embedded ``tokens`` (num_sequences, sequence_length); ``embedding`` (vocab_size, hidden_size)."""
         chunks = [tokens[start : start + batch_size] for start in range(0, len(tokens), batch_size)]
-        batches = [Batch.uncached(chunk, embedding.device) for chunk in chunks]
+        device = (embedding.codes if isinstance(embedding, QuantizedWeight) else embedding).device
+        batches = [Batch.uncached(chunk, device) for chunk in chunks]
         hidden = [embed(batch.token_ids, embedding, torch.float32).cpu() for batch in batches]
         return cls(batches, hidden, rotary)
 
@@ -93,6 +97,7 @@ class CalibrationStreams:
     target:            the same tokens through the dense layers, where the two are compared; else None
     holdout_dense:     the holdout through the dense layers
     holdout_quantized: the holdout through the quantized layers
+    holdout_dense_embedding: the same from the dense embedding; None where the embedding is not quantized
     """
 
     statistics: HiddenStream
@@ -100,6 +105,7 @@ class CalibrationStreams:
     holdout_dense: HiddenStream
     holdout_quantized: HiddenStream
     uses_dense_inputs: bool
+    holdout_dense_embedding: HiddenStream | None = None
 
     @classmethod
     def start(
@@ -111,18 +117,35 @@ class CalibrationStreams:
         *,
         has_target: bool = False,
         num_together: int = 0,
+        quantized: QuantizedWeight | None = None,
     ) -> Self:
-        """Embed the calibration tokens, with the embedding as the artifact stores it; it is released afterwards.
+        """Embed the calibration tokens; the embedding is released afterwards.
 
-        ``num_together`` sequences go through a layer at a time; 0: a batch of ``config``.
+        Args:
+            checkpoint: the dense network.
+            tokens: the calibration set.
+            config: of the calibration.
+            device: where to compute.
+            has_target: the dense layers' outputs are needed.
+            num_together: sequences that go through a layer at a time; 0: a batch of ``config``.
+            quantized: the embedding as the artifact stores it, on the device; None: like the dense one, at 16 bits.
         """
-        num_together = num_together or config.batch_size
-        embedding = checkpoint.tensor("model.embed_tokens.weight", narrow=True).to(device)
+        dense = checkpoint.tensor("model.embed_tokens.weight", narrow=True).to(device)
+        served = dense if quantized is None else quantized
         rotary = RotaryEmbedding(checkpoint.config, device)
-        statistics = HiddenStream.embed(tokens.statistics, embedding, num_together, rotary)
-        holdout = HiddenStream.embed(tokens.holdout, embedding, num_together, rotary)
-        target = statistics.copy() if has_target else None
-        return cls(statistics, target, holdout, holdout.copy(), config.inputs == "dense")
+
+        def embedded(token_ids: Tensor, table: Tensor | QuantizedWeight) -> HiddenStream:
+            return HiddenStream.embed(token_ids, table, num_together or config.batch_size, rotary)
+
+        has_dense_inputs = config.inputs == "dense"
+        return cls(
+            statistics=embedded(tokens.statistics, dense if has_dense_inputs else served),
+            target=embedded(tokens.statistics, dense) if has_target else None,
+            holdout_dense=embedded(tokens.holdout, dense),
+            holdout_quantized=embedded(tokens.holdout, served),
+            uses_dense_inputs=has_dense_inputs,
+            holdout_dense_embedding=None if quantized is None else embedded(tokens.holdout, dense),
+        )
 
     def advance_target(self, dense: nn.Module) -> None:
         """Take the target through one dense decoder layer: first, since training compares with what comes out."""
@@ -134,11 +157,14 @@ class CalibrationStreams:
         self.statistics.advance(dense if self.uses_dense_inputs else quantized)
         self.holdout_dense.advance(dense)
         self.holdout_quantized.advance(quantized)
+        if self.holdout_dense_embedding is not None:
+            self.holdout_dense_embedding.advance(quantized)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all hidden states."""
-        streams = (self.statistics, self.target, self.holdout_dense, self.holdout_quantized)
+        holdouts = (self.holdout_dense, self.holdout_quantized, self.holdout_dense_embedding)
+        streams = (self.statistics, self.target, *holdouts)
         return sum(stream.nbytes for stream in streams if stream is not None)
 
     @property

@@ -6,7 +6,7 @@ bound that follows from its accumulation type.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -63,6 +63,20 @@ class PreparedLinear(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` (num_tokens, in_features) -> (num_tokens, out_features), same dtype."""
+        ...
+
+
+@runtime_checkable
+class RowReader(Protocol):
+    """A prepared layer that also gives single rows of its weight: one matrix is then output head and embedding."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the layer keeps resident."""
+        ...
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Rows ``indices`` (n,) of the dequantized weight, without its correction: (n, in_features) float32."""
         ...
 
 

@@ -4,7 +4,7 @@
     y   = x_c @ dequantize(codes)^T + bias + (x_c @ lora_down^T) @ lora_up^T
 
 as far as a layer has these parts. Each call unpacks the codes, dequantizes to float32, casts to the activation dtype
-and multiplies: nothing unpacked stays resident, and nothing is fused.
+and multiplies, some rows of the weight at a time: nothing unpacked stays resident, and nothing is fused.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,9 @@ from ..scheme import QuantScheme
 from ..types import LinearWeights, QuantizedWeight
 from .base import LinearSpec, PreparedLinear
 from .dense_terms import DenseTerms
+
+_WEIGHTS_AT_ONCE = 1 << 20
+"""Weights dequantized at a time: 4 MB of float32, small enough for the cache, however large the matrix is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +41,27 @@ class _ReferenceLinear:
         return self.weight_packed.nbytes + self.scale.nbytes + zero_point_bytes + self.terms.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        codes = unpack(self.weight_packed, self.scheme.num_bits, self.in_features)
-        weight = dequantize(QuantizedWeight(codes, self.scale, self.zero_point, self.scheme))
         x = self.terms.prepare_input(x)
-        return self.terms.add_to(F.linear(x, weight.to(x.dtype)), x)
+        return self.terms.add_to(self._multiply(x), x)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        return self._dequantize(indices)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        out_features = len(self.weight_packed)
+        num_rows = max(1, _WEIGHTS_AT_ONCE // self.in_features)
+        if out_features <= num_rows:
+            return F.linear(x, self._dequantize(slice(None)).to(x.dtype))
+        product = x.new_empty(len(x), out_features)
+        for start in range(0, out_features, num_rows):
+            rows = slice(start, start + num_rows)
+            product[:, rows] = F.linear(x, self._dequantize(rows).to(x.dtype))
+        return product
+
+    def _dequantize(self, rows: slice | Tensor) -> Tensor:
+        codes = unpack(self.weight_packed[rows], self.scheme.num_bits, self.in_features)
+        zero_point = None if self.zero_point is None else self.zero_point[rows]
+        return dequantize(QuantizedWeight(codes, self.scale[rows], zero_point, self.scheme))
 
 
 class ReferenceBackend:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.base import KernelBackend, LinearSpec, PreparedLinear, Selection, select_backend
+from ..errors import KernelError
+from ..kernels.base import KernelBackend, LinearSpec, PreparedLinear, RowReader, Selection, select_backend
 from ..types import LinearWeights
 
 
@@ -81,6 +82,21 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (num_tokens, in_features) -> (num_tokens, out_features), same dtype."""
         return self.prepared(x)
+
+    @property
+    def has_rows(self) -> bool:
+        """The backend gives single rows of the weight too: ``rows`` works."""
+        return isinstance(self.prepared, RowReader)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Rows ``indices`` (n,) int64 of the weight: (n, in_features) float32. What a quantized embedding does.
+
+        Raises:
+            KernelError: the backend does not give single rows.
+        """
+        if not isinstance(self.prepared, RowReader):
+            raise KernelError(f"kernel backend {self.selection.backend.name} does not give single rows of a weight")
+        return self.prepared.rows(indices)
 
     def extra_repr(self) -> str:
         """Name the backend when the module is printed."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from ..errors import CheckpointError, SchemeError
-from ..scheme import ActivationScheme
+from ..scheme import EMBEDDING, HEAD, ActivationScheme, VocabularyScheme
 from .config_fields import ConfigFields
 from .rope_config import RopeConfig, read_rope
 
@@ -40,6 +40,7 @@ class LlamaConfig:
     full_attention_layers: layers that ignore the window
     eos_token_ids:         those of ``config.json``; ``generation_config.json`` may add more
     attention:             how queries, keys and values are quantized; not of Hugging Face's config: an artifact says it
+    vocabulary:            module paths of embedding and head as far as they are quantized; an artifact says that too
     """
 
     model_type: str
@@ -62,6 +63,7 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     attention: ActivationScheme | None = None
+    vocabulary: tuple[str, ...] = ()
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], where: str) -> Self:
@@ -122,6 +124,14 @@ class LlamaConfig:
                 )
         return replace(self, attention=scheme)
 
+    def with_vocabulary(self, scheme: VocabularyScheme) -> Self:
+        """This network with embedding and head quantized as ``scheme`` says.
+
+        Raises:
+            SchemeError: what ``scheme`` asks for makes no sense where the two are tied.
+        """
+        return replace(self, vocabulary=scheme.quantized(is_tied=self.tie_word_embeddings))
+
     def window(self, layer_index: int) -> int | None:
         """Sliding window of one layer; None: full attention."""
         return None if layer_index in self.full_attention_layers else self.sliding_window
@@ -148,20 +158,26 @@ class LlamaConfig:
         }
         return {f"model.layers.{layer_index}.{name}": shape for name, shape in shapes.items()}
 
+    def vocabulary_shapes(self) -> dict[str, LinearShape]:
+        """Module path -> shape of embedding and head as far as they are quantized."""
+        return {path: LinearShape(self.vocab_size, self.hidden_size, has_bias=False) for path in self.vocabulary}
+
     def unquantized_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Tensor name -> shape of the embedding, the norm gains and, unless it is tied, the head."""
-        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}
+        """Tensor name -> shape of the norm gains, the embedding and, unless it is tied, the head: if not quantized."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        if EMBEDDING not in self.vocabulary:
+            shapes[f"{EMBEDDING}.weight"] = (self.vocab_size, self.hidden_size)
         for layer_index in range(self.num_hidden_layers):
             shapes[f"model.layers.{layer_index}.input_layernorm.weight"] = (self.hidden_size,)
             shapes[f"model.layers.{layer_index}.post_attention_layernorm.weight"] = (self.hidden_size,)
         shapes["model.norm.weight"] = (self.hidden_size,)
-        if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
+        if not self.tie_word_embeddings and HEAD not in self.vocabulary:
+            shapes[f"{HEAD}.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name -> shape of every parameter of the dense network."""
-        shapes = self.unquantized_shapes()
+        shapes = replace(self, vocabulary=()).unquantized_shapes()
         for path, linear in self.linear_shapes().items():
             shapes[f"{path}.weight"] = (linear.out_features, linear.in_features)
             if linear.has_bias:
@@ -171,7 +187,12 @@ class LlamaConfig:
     @property
     def head_name(self) -> str:
         """Name of the matrix that makes logits: the embedding's where the two are tied."""
-        return "model.embed_tokens.weight" if self.tie_word_embeddings else "lm_head.weight"
+        return f"{EMBEDDING if self.tie_word_embeddings else HEAD}.weight"
+
+    @property
+    def is_head_quantized(self) -> bool:
+        """The head is codes: of its own, or those of the embedding that it is tied to."""
+        return HEAD in self.vocabulary or (self.tie_word_embeddings and EMBEDDING in self.vocabulary)
 
     @property
     def num_parameters(self) -> int:

@@ -1,7 +1,7 @@
 """The network: one lean decoder for calibration, evaluation and serving, over a ragged batch without padding.
 
 Linear layers come from the weight source, so that dense, quantized and fake ones run through the same code. Activations
-run in the dtype of the norm gains; the embedding and the head may be stored narrower.
+run in the dtype of the norm gains; the embedding and the head may be stored narrower, or as codes.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import KernelError
+from ..layers.linear import LowRankLinear
 from ..quant.activation import quantize_activations
+from ..quant.grid import dequantize_rows
+from ..scheme import EMBEDDING, HEAD
+from ..types import QuantizedWeight
 from .attention import AttentionPlan
 from .batch import Batch
 from .config import LlamaConfig
@@ -23,8 +28,10 @@ HEAD_CHUNK_ELEMENTS = 1 << 18
 """Head weights upcast at a time: 1 MB of float32, small enough to stay in the processor's cache."""
 
 
-def embed(token_ids: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def embed(token_ids: Tensor, weight: Tensor | QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """Rows of ``weight`` (vocab_size, hidden_size) for ``token_ids`` (n,): (n, hidden_size) in ``dtype``."""
+    if isinstance(weight, QuantizedWeight):
+        return dequantize_rows(weight, token_ids).to(dtype)
     return F.embedding(token_ids, weight).to(dtype)
 
 
@@ -159,18 +166,16 @@ class LlamaForCausalLM(nn.Module):
     def __init__(self, config: LlamaConfig, weights: WeightSource) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Parameter(weights.tensor("model.embed_tokens.weight"), requires_grad=False)
+        self.embed_tokens = _embedding(config, weights)
         self.layers = nn.ModuleList(DecoderLayer(config, index, weights) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(weights.tensor("model.norm.weight"), config.rms_norm_eps)
-        is_tied = config.tie_word_embeddings
-        head = self.embed_tokens if is_tied else nn.Parameter(weights.tensor("lm_head.weight"), requires_grad=False)
-        self.lm_head = head
+        self.lm_head = _head(config, weights, self.embed_tokens)
         self._rotary = RotaryEmbedding(config, self.device)
 
     @property
     def device(self) -> torch.device:
         """Where the parameters are, and batches must be."""
-        return self.embed_tokens.device
+        return self.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -183,7 +188,7 @@ class LlamaForCausalLM(nn.Module):
         windows = {self.config.window(index) for index in range(self.config.num_hidden_layers)}
         plans = {window: AttentionPlan.of(batch, window, has_cache) for window in windows}
         rotary = self._rotary(batch, self.dtype)
-        hidden = embed(batch.token_ids, self.embed_tokens, self.dtype)
+        hidden = self._embed(batch.token_ids)
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, batch, rotary, kv_cache, plans[self.config.window(index)])
         output: Tensor = self.norm(hidden)
@@ -191,4 +196,31 @@ class LlamaForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden`` (n, hidden_size) -> (n, vocab_size) float32."""
-        return head_logits(hidden, self.lm_head)
+        if isinstance(self.lm_head, Tensor):
+            return head_logits(hidden, self.lm_head)
+        logits: Tensor = self.lm_head(hidden)
+        return logits.float()
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        table = self.embed_tokens
+        rows = table.rows(token_ids) if isinstance(table, LowRankLinear) else embed(token_ids, table, self.dtype)
+        return rows.to(self.dtype)
+
+
+def _embedding(config: LlamaConfig, weights: WeightSource) -> nn.Parameter | LowRankLinear:
+    if EMBEDDING not in config.vocabulary:
+        return nn.Parameter(weights.tensor(f"{EMBEDDING}.weight"), requires_grad=False)
+    table = weights.linear(EMBEDDING)
+    if not isinstance(table, LowRankLinear) or not table.has_rows:
+        raise KernelError(f"{EMBEDDING}: a quantized embedding needs a backend that gives single rows, as reference")
+    return table
+
+
+def _head(
+    config: LlamaConfig, weights: WeightSource, embedding: nn.Parameter | LowRankLinear
+) -> nn.Parameter | nn.Module:
+    if config.is_head_quantized:
+        return weights.linear(HEAD)
+    if config.tie_word_embeddings and isinstance(embedding, nn.Parameter):
+        return embedding
+    return nn.Parameter(weights.tensor(f"{HEAD}.weight"), requires_grad=False)

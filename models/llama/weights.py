@@ -20,5 +20,10 @@ class WeightSource(Protocol):
         ...
 
     def linear(self, path: str) -> nn.Module:
-        """A ready linear layer for module path ``model.layers.0.self_attn.q_proj``: (num_tokens, in) -> (.., out)."""
+        """A ready linear layer for module path ``model.layers.0.self_attn.q_proj``: (num_tokens, in) -> (.., out).
+
+        Where the network's configuration lists them under ``vocabulary``, ``model.embed_tokens`` and ``lm_head`` are
+        asked for here too: (vocab_size, hidden_size), and the former is a ``LowRankLinear`` that gives single rows. A
+        head that is tied to a quantized embedding is asked for right after it.
+        """
         ...

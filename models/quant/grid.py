@@ -78,6 +78,12 @@ def dequantize(quantized: QuantizedWeight) -> Tensor:
     return decode(codes, quantized.scale[:, :, None], zero, quantized.scheme).flatten(1)
 
 
+def dequantize_rows(quantized: QuantizedWeight, indices: Tensor) -> Tensor:
+    """Rows ``indices`` (n,) of ``dequantize(quantized)`` without the others: (n, in_features) float32."""
+    zero_point = None if quantized.zero_point is None else quantized.zero_point[indices]
+    return dequantize(QuantizedWeight(quantized.codes[indices], quantized.scale[indices], zero_point, quantized.scheme))
+
+
 def grouped(values: Tensor, scheme: QuantScheme) -> Tensor:
     """(out_features, in_features) -> (out_features, num_groups, group_length)."""
     return values.reshape(values.shape[0], -1, scheme.group_length(values.shape[1]))

@@ -18,6 +18,10 @@ def recipe_label(config: Mapping[str, Any], *, with_rank: bool = True) -> str:
     parts = [number_format(config.get("scheme") or {}), *_activations("A", config.get("activations"))]
     parts += _activations("QKV", config.get("attention"))
     parts += _quantizer(config.get("quantizer") or {}) + _transform(config.get("transform") or {})
+    vocabulary = config.get("vocabulary") or {}
+    parts += [
+        f"{name} {bits} bits" for name in ("head", "embedding") if (bits := vocabulary.get(f"{name}_bits", 16)) < 16
+    ]
     if config.get("objective") == "output":
         parts.append("output objective")
     if budget := config.get("budget"):

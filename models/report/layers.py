@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..artifact.describe import vocabulary_rows
 from ..artifact.format import Manifest
 from ..artifact.record import LinearRecord
 from .labels import in_network_order, recipe_label
@@ -89,6 +90,7 @@ def _header(manifest: Manifest) -> dict[str, str]:
     header = {
         "recipe": recipe_label(build),
         "effective bits per weight": f"{manifest.effective_bits:.3f}",
+        **vocabulary_rows(manifest),
         "size": ", ".join(f"{name} {size / MIB:.1f} MiB" for name, size in manifest.component_bytes.items() if size),
         "dense at 16 bits": f"{manifest.dense_bytes / MIB:.1f} MiB",
         "calibration": source,

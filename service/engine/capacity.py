@@ -1,4 +1,4 @@
-"""How many tokens the key-value cache holds, and how long a sequence may therefore be."""
+"""How many tokens the key-value cache holds, how long a sequence may therefore be, and how many tokens a step takes."""
 
 from dataclasses import dataclass
 
@@ -14,6 +14,8 @@ _GIB = 1 << 30
 MAX_DEFAULT_BYTES = {"cpu": 4 * _GIB, "cuda": 64 * _GIB}
 AVAILABLE_SHARE = {"cpu": 0.3, "cuda": 0.7}
 """Of the memory that is free after loading: the rest is for activations, and on a CPU for everybody else."""
+DEFAULT_STEP_TOKENS = {"cpu": 512, "cuda": 2048}
+"""Of one step: enough that the matrix products are compute-bound, few enough that decodes beside them wait little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +59,20 @@ def plan_cache(
             f"needs {blocks_per_sequence * bytes_per_block} bytes: raise kv_cache_memory or lower max_model_len"
         )
     return CachePlan(num_blocks, min(wanted_len, num_blocks * BLOCK_SIZE))
+
+
+def step_tokens(device_type: str, max_num_seqs: int, asked: int | None) -> int:
+    """Token budget of one step; ``asked`` None: the device's default, more where ``max_num_seqs`` needs it.
+
+    Raises:
+        QerveError: beside one decode of every sequence no block of a prompt would fit, so that prompts could starve.
+    """
+    least = max_num_seqs + BLOCK_SIZE
+    if asked is None:
+        return max(DEFAULT_STEP_TOKENS[device_type], least)
+    if asked < least:
+        raise QerveError(
+            f"max_num_batched_tokens {asked} leaves no room for a prompt beside {max_num_seqs} decodes: "
+            f"make it at least {least}, or lower max_num_seqs"
+        )
+    return asked

@@ -25,33 +25,62 @@ class Decoder(Protocol):
         ...
 
 
+class TokenTexts:
+    """A decoder that remembers the texts of single tokens: the context of a token is nearly always the one before it.
+
+    It may come to hold the whole vocabulary, some 100 bytes a token.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._texts: dict[int, str] = {}
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """See ``Decoder``."""
+        if len(ids) != 1 or not skip_special_tokens:
+            return self._decoder.decode(ids, skip_special_tokens)
+        text = self._texts.get(ids[0])
+        if text is None:
+            text = self._texts[ids[0]] = self._decoder.decode(ids)
+        return text
+
+
 class Detokenizer:
     """Text of one sequence, piece by piece."""
 
     def __init__(self, decoder: Decoder, prompt_token_ids: Sequence[int]) -> None:
         self._decoder = decoder
-        self._window = list(prompt_token_ids[-NUM_CONTEXT_TOKENS:])
-        context = decoder.decode(self._window)
-        if context.endswith(REPLACEMENT):  # the prompt ends inside a character: its bytes are not ours to finish
-            self._window, context = [], ""
-        self._num_window_tokens = len(self._window)
-        self._num_emitted = len(context)
+        context = prompt_token_ids[-NUM_CONTEXT_TOKENS:]
+        if decoder.decode(context).endswith(REPLACEMENT):  # the prompt ends inside a character: not ours to finish
+            context = []
+        self._begin(context)
 
     def push(self, token_id: int) -> str:
         """The text that ``token_id`` makes certain; often empty."""
         self._window.append(token_id)
         text = self._decoder.decode(self._window)
-        is_pending_too_long = len(self._window) - self._num_window_tokens > MAX_PENDING_TOKENS
-        if len(text) <= self._num_emitted or (text.endswith(REPLACEMENT) and not is_pending_too_long):
-            if is_pending_too_long:
-                del self._window[self._num_window_tokens :]
-            return ""
+        if len(text) <= self._num_emitted or text.endswith(REPLACEMENT):
+            return self._hold(text)
         new = text[self._num_emitted :]
         # The tokens that made this text become the context of the next.
-        self._window = [] if text.endswith(REPLACEMENT) else self._window[self._num_window_tokens :]
-        self._num_window_tokens = len(self._window)
-        self._num_emitted = len(self._decoder.decode(self._window))
+        self._begin(self._window[self._num_window_tokens :])
         return new
+
+    def _hold(self, text: str) -> str:
+        """Nothing of what is not finished in ``text``, until too many tokens have piled up."""
+        if len(self._window) - self._num_window_tokens <= MAX_PENDING_TOKENS:
+            return ""
+        new = text[self._num_emitted :]
+        if new:
+            self._begin([])
+        else:
+            del self._window[self._num_window_tokens :]
+        return new
+
+    def _begin(self, context: Sequence[int]) -> None:
+        self._window = list(context)
+        self._num_window_tokens = len(context)
+        self._num_emitted = len(self._decoder.decode(context)) if context else 0
 
     def flush(self) -> str:
         """What is still held, when no token will follow."""
@@ -73,6 +102,8 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """The part of the text so far that is certain to belong to the output and was not returned before."""
+        if not self._stop:
+            return text
         if self.is_stopped:
             return ""
         held = self._held + text

@@ -3,10 +3,9 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from .detokenizer import Decoder, Detokenizer, StopMatcher, TextStream
+from .detokenizer import Decoder, Detokenizer, StopMatcher, TextStream, TokenTexts
 from .request import FinishReason, Request
 from .runner import Runner
 from .sampler import sample
@@ -40,8 +39,7 @@ class EngineObserver:
         """A row of logits held NaN or infinity."""
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
+class RequestOutput(NamedTuple):
     """What one step gave one request: ``text`` to append; with ``finish_reason`` it is the last one."""
 
     request_id: str
@@ -65,7 +63,8 @@ class Engine:
         self.scheduler = scheduler
         self.clock = clock
         self._runner = runner
-        self._tokenizer = tokenizer
+        self._decoder = TokenTexts(tokenizer)
+        self._eos_token_ids = tokenizer.eos_token_ids
         self._observer = observer
         self._requests: dict[str, Request] = {}
         self._texts: dict[str, TextStream] = {}
@@ -77,7 +76,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue ``request``."""
-        detokenizer = Detokenizer(self._tokenizer, request.prompt_token_ids)
+        detokenizer = Detokenizer(self._decoder, request.prompt_token_ids)
         self.scheduler.add(request)
         self._requests[request.request_id] = request
         self._texts[request.request_id] = TextStream(detokenizer, StopMatcher(request.params.stop))
@@ -94,7 +93,10 @@ class Engine:
         return [self._fail(request, message) for request in list(self._requests.values())]
 
     def step(self) -> list[RequestOutput]:
-        """One token for every running request; an exception fails the requests of this step and nothing else."""
+        """One token for every request whose known tokens this step completes: all but those inside their prompt.
+
+        An exception fails the requests of this step and nothing else.
+        """
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return []
@@ -103,20 +105,22 @@ class Engine:
         except Exception:
             logger.exception("a step of %d requests failed", len(scheduled))
             return [self._fail(item.request, "the model failed on this request") for item in scheduled]
-        return [self._collect(item, token) for item, token in zip(scheduled, tokens, strict=True)]
+        return [self._collect(request, token) for request, token in tokens]
 
-    def _run(self, scheduled: Sequence[ScheduledRequest]) -> list[int | None]:
+    def _run(self, scheduled: Sequence[ScheduledRequest]) -> list[tuple[Request, int | None]]:
+        """The next token of every request that gets one; None where the logits are not finite."""
         started = self.clock()
-        for item in scheduled:
-            item.request.scheduled_seconds = item.request.scheduled_seconds or started
         logits = self._runner.run(scheduled)
-        tokens = sample(logits, [item.request for item in scheduled])
+        requests = [item.request for item in scheduled if item.gets_token]
+        tokens = [] if logits is None else sample(logits, requests)
+        for request, num_tokens, _ in scheduled:
+            request.num_computed_tokens += num_tokens
+            if request.scheduled_seconds is None:
+                request.scheduled_seconds = started
         self._observer.step_ran(sum(item.num_tokens for item in scheduled))
-        return tokens
+        return list(zip(requests, tokens, strict=True))
 
-    def _collect(self, item: ScheduledRequest, token: int | None) -> RequestOutput:
-        request = item.request
-        request.num_computed_tokens += item.num_tokens
+    def _collect(self, request: Request, token: int | None) -> RequestOutput:
         if token is None:
             self._observer.logits_not_finite()
             return self._fail(request, "the model produced values that are not finite")
@@ -134,7 +138,7 @@ class Engine:
             request.first_token_seconds = request.last_token_seconds
         self._observer.token_generated(request, previous)
         stream = self._texts[request.request_id]
-        is_eos = token in self._tokenizer.eos_token_ids and not request.params.ignore_eos
+        is_eos = token in self._eos_token_ids and not request.params.ignore_eos
         text = "" if is_eos else stream.push(token)
         reason = self._finish_reason(request, is_eos or stream.is_stopped)
         if reason is not None:

@@ -96,18 +96,22 @@ class Request:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Known tokens that the next pass must compute."""
+        """Known tokens that are still to be computed: what is left of the prompt, then the newest token."""
         return self.num_tokens - self.num_computed_tokens
 
     @property
-    def uncomputed_token_ids(self) -> list[int]:
-        """Those tokens: the prompt at first, then the newest token."""
-        num_generated = self.num_computed_tokens - self.num_prompt_tokens
-        if num_generated >= 0:
-            return self.output_token_ids[num_generated:]
-        return self.prompt_token_ids[self.num_computed_tokens :] + self.output_token_ids
+    def is_prompt_computed(self) -> bool:
+        """The cache holds the whole prompt: from here on every step gives a token."""
+        return self.num_computed_tokens >= len(self.prompt_token_ids)
 
     @property
     def is_finished(self) -> bool:
         """No more tokens will come."""
         return self.finish_reason is not None
+
+    def tokens_between(self, start: int, end: int) -> list[int]:
+        """Known tokens ``start .. end``, counted over prompt and output together."""
+        num_prompt = len(self.prompt_token_ids)
+        if start >= num_prompt:
+            return self.output_token_ids[start - num_prompt : end - num_prompt]
+        return self.prompt_token_ids[start:end] + self.output_token_ids[: max(0, end - num_prompt)]

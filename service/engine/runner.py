@@ -1,5 +1,6 @@
 """One forward pass over the scheduled requests: from requests to tensors and back to logits."""
 
+from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -10,6 +11,7 @@ from models.llama.batch import Batch, SequenceSpan
 from models.llama.kv_cache import PagedKVCache
 
 from .block_manager import BLOCK_SIZE
+from .request import Request
 from .scheduler import ScheduledRequest
 
 
@@ -37,38 +39,46 @@ class Runner:
         self._model = model
         self._kv_cache = kv_cache
         self._block_size = block_size
+        self._slots: dict[Request, Tensor] = {}
 
     @torch.inference_mode()
-    def run(self, scheduled: Sequence[ScheduledRequest]) -> Tensor:
-        """Logits (num_requests, vocab_size) float32 of the token after each request's last scheduled one."""
-        batch = self._batch(scheduled)
+    def run(self, scheduled: Sequence[ScheduledRequest]) -> Tensor | None:
+        """Logits (n, vocab_size) float32 for the next token of the n requests that get one; None where none does."""
+        batch, rows = self._batch(scheduled)
         hidden = self._model(batch, self._kv_cache)
-        last_rows = torch.tensor([span.start + span.num_tokens - 1 for span in batch.spans])
-        return self._model.logits(hidden[last_rows.to(hidden.device)])
+        if not len(rows):
+            return None
+        return self._model.logits(hidden if len(rows) == batch.num_tokens else hidden.index_select(0, rows))
 
-    def _batch(self, scheduled: Sequence[ScheduledRequest]) -> Batch:
+    def _batch(self, scheduled: Sequence[ScheduledRequest]) -> tuple[Batch, Tensor]:
+        """The batch, and the rows of it (n,) int64 that the next tokens are read from."""
         token_ids: list[int] = []
         positions: list[int] = []
+        rows: list[int] = []
         spans: list[SequenceSpan] = []
-        for item, slots in zip(scheduled, self._slots(scheduled), strict=True):
-            computed, context_len = item.request.num_computed_tokens, len(slots)
-            spans.append(SequenceSpan(len(token_ids), item.num_tokens, context_len, slots))
-            token_ids += item.request.uncomputed_token_ids[: item.num_tokens]
+        self._slots = {item.request: self._slots_of(item.request) for item in scheduled}
+        for request, num_new, gets_token in scheduled:
+            computed = request.num_computed_tokens
+            context_len = computed + num_new
+            spans.append(SequenceSpan(len(token_ids), num_new, context_len, self._slots[request][:context_len]))
+            token_ids += request.tokens_between(computed, context_len)
             positions += range(computed, context_len)
-        device = self._model.device
-        return Batch(
-            torch.tensor(token_ids, dtype=torch.int64).to(device),
-            torch.tensor(positions, dtype=torch.int64).to(device),
-            tuple(spans),
-        )
+            if gets_token:
+                rows.append(len(token_ids) - 1)
+        # One buffer and one copy to the device; a list of Python integers is read faster by array than by torch.
+        numbers = torch.frombuffer(array("q", token_ids + positions + rows), dtype=torch.int64).to(self._model.device)
+        num_tokens = len(token_ids)
+        batch = Batch(numbers[:num_tokens], numbers[num_tokens : 2 * num_tokens], tuple(spans))
+        return batch, numbers[2 * num_tokens :]
 
-    def _slots(self, scheduled: Sequence[ScheduledRequest]) -> tuple[Tensor, ...]:
-        """Cache slots of every request's context, from one copy to the device."""
-        offsets = torch.arange(self._block_size)
-        rows, lengths = [], []
-        for item in scheduled:
-            length = item.request.num_computed_tokens + item.num_tokens
-            blocks = torch.tensor(item.request.block_table[: -(-length // self._block_size)], dtype=torch.int64)
-            rows.append((blocks[:, None] * self._block_size + offsets).flatten()[:length])
-            lengths.append(length)
-        return torch.split(torch.cat(rows).to(self._model.device), lengths)
+    def _slots_of(self, request: Request) -> Tensor:
+        """Cache slots of all the blocks of ``request``: worked out in its first step, kept from each step to the next.
+
+        A request in two steps in a row has the same blocks in both.
+        """
+        slots = self._slots.get(request)
+        if slots is None:
+            blocks = torch.tensor(request.block_table, dtype=torch.int64)
+            slots = (blocks[:, None] * self._block_size + torch.arange(self._block_size)).flatten()
+            slots = slots.to(self._model.device)
+        return slots

@@ -19,15 +19,23 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[int | None]:
 
     None where the row holds NaN or infinity: there is no distribution to draw from.
     """
-    tokens = logits.argmax(-1)
+    tokens = most_likely(logits)
+    # NaN and infinity win every comparison: where a row holds one, it is what was found.
+    is_finite = logits.gather(-1, tokens[:, None]).isfinite()[:, 0].tolist()
     drawn = [row for row, request in enumerate(requests) if not request.params.is_greedy]
     if drawn:
         rows = torch.tensor(drawn, device=logits.device)
         chosen = [requests[row] for row in drawn]
         probs = probabilities(logits[rows], [request.params for request in chosen])
         tokens[rows] = draw(probs, [request.rng.random() for request in chosen])
-    is_finite = logits.amax(-1).isfinite()
-    return [token if ok else None for token, ok in zip(tokens.tolist(), is_finite.tolist(), strict=True)]
+    return [token if ok else None for token, ok in zip(tokens.tolist(), is_finite, strict=True)]
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """Token (n,) int64 of the highest of each row's ``logits`` (n, vocab_size): the first of equals, NaN above all."""
+    if logits.device.type == "cpu":  # torch compares one number at a time there, NumPy a vector
+        return torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.argmax(-1)
 
 
 def probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

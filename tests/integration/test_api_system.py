@@ -28,6 +28,8 @@ def test_the_model_is_listed_and_described(server):
     manifest = server.context.info.manifest
     assert card["artifact"]["sha256"] == manifest.manifest_sha256
     assert (card["artifact"]["method"], card["artifact"]["effective_bits"]) == ("qera-exact", 4.75)
+    assert card["artifact"]["embedding"] == {"format": "BF16", "bits_per_weight": 16.0, "num_bytes": 16}
+    assert card["artifact"]["head"] == {"format": "BF16", "bits_per_weight": 16.0, "num_bytes": 0}
     assert {"backends", "passed_over"} <= set(card)
     assert manifest.manifest_sha256[:16] in server.context.info.fingerprint
 

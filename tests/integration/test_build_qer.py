@@ -26,7 +26,7 @@ from models.errors import SchemeError
 from models.llama.batch import Batch
 from models.llama.checkpoint import DenseWeights, open_checkpoint
 from models.llama.model import LlamaForCausalLM
-from models.scheme import ActivationScheme, QuantScheme
+from models.scheme import ActivationScheme, QuantScheme, VocabularyScheme
 from tests.support.builds import digests
 from tests.support.tiny_checkpoints import VOCAB_SIZE, random_tensors, tiny_config, write_checkpoint
 
@@ -185,13 +185,20 @@ def test_what_cannot_be_trained_is_said_before_a_weight_is_read(change, message,
         check_build(BuildConfig.from_dict(values), open_checkpoint(str(checkpoint_dir)).config)
 
 
-def end_to_end(base):
+VOCABULARIES = pytest.mark.parametrize("vocabulary", [VocabularyScheme(), VocabularyScheme(4, 8)], ids=str)
+
+
+def end_to_end(base, vocabulary):
     training = replace(base.training, end_to_end_epochs=2, end_to_end_learning_rate=2e-3)
-    return replace(base, training=training, calibration=replace(base.calibration, num_sequences=12, num_holdout=4))
+    calibration = replace(base.calibration, num_sequences=12, num_holdout=4)
+    return replace(base, training=training, calibration=calibration, vocabulary=vocabulary)
 
 
-def test_the_end_to_end_phase_changes_scales_alone_and_what_is_recorded_is_what_is_served(build, base, tmp_path):
-    config = end_to_end(base)
+@VOCABULARIES
+def test_the_end_to_end_phase_changes_scales_alone_and_what_is_recorded_is_what_is_served(
+    build, base, tmp_path, vocabulary
+):
+    config = end_to_end(base, vocabulary)
     build(replace(config, training=replace(config.training, end_to_end_epochs=0)), "blocks")
     report = build(config, "whole")
     with ArtifactReader.open(tmp_path / "blocks") as before, ArtifactReader.open(tmp_path / "whole") as after:
@@ -212,8 +219,11 @@ def test_the_end_to_end_phase_changes_scales_alone_and_what_is_recorded_is_what_
     assert report.quantized_perplexity == pytest.approx(float(nll.exp()), rel=1e-4)
 
 
-def test_a_build_interrupted_while_scales_are_applied_goes_on_to_the_same_bytes(build, base, tmp_path, monkeypatch):
-    config = end_to_end(base)
+@VOCABULARIES
+def test_a_build_interrupted_while_scales_are_applied_goes_on_to_the_same_bytes(
+    build, base, tmp_path, monkeypatch, vocabulary
+):
+    config = end_to_end(base, vocabulary)
     build(config, "whole")
     real, calls = end_to_end_phase.write_layer, []
 

@@ -19,7 +19,14 @@ from tests.support.api_server import live_loaded_server
 from tests.support.artifact_builder import GENERATION_CONFIG, tiny_model, write_artifact
 from tests.support.tiny_checkpoints import CORPUS, VOCAB_SIZE, tokenizer_files
 
-PROMPTS = ["The river runs", "She counted 123 boats", "x", "def add(a, b):\n    return", "日本語, emoji 🙂"]
+PROMPTS = [
+    "The river runs",
+    "She counted 123 boats",
+    "x",
+    "def add(a, b):\n    return",
+    "日本語, emoji 🙂",
+    "The river runs on. " * 4,
+]
 NUM_TOKENS = 24
 
 
@@ -61,7 +68,7 @@ def generate(loaded, prompts, max_num_seqs, budget=512):
     return [request.output_token_ids for request in requests]
 
 
-@pytest.mark.parametrize(("max_num_seqs", "budget"), [(1, 512), (3, 512), (5, 20)])
+@pytest.mark.parametrize(("max_num_seqs", "budget"), [(1, 512), (3, 512), (5, 32), (5, 16), (2, 16)])
 def test_batched_generation_is_the_uncached_loop_over_every_prompt(loaded, max_num_seqs, budget):
     want = [greedy(loaded, prompt) for prompt in PROMPTS]
     assert generate(loaded, PROMPTS, max_num_seqs, budget) == want

@@ -34,7 +34,7 @@ from models.llama.checkpoint import DenseWeights, open_checkpoint
 from models.llama.model import LlamaForCausalLM
 from models.quant.grid import dequantize
 from models.quant.rtn import quantize_rtn
-from models.scheme import ActivationScheme, QuantScheme
+from models.scheme import ActivationScheme, QuantScheme, VocabularyScheme
 from tests.support.tiny_checkpoints import VOCAB_SIZE, random_tensors, tiny_config, write_checkpoint
 
 LENGTH, NUM_SEQUENCES = 24, 8
@@ -91,6 +91,15 @@ RECIPES = {
         "activations": ActivationScheme(8),
     },
     "serq": {"transform": TransformConfig(flatten=1.0), "reconstruct": ReconstructConfig("serq", rank=32)},
+    "head of 4, embedding of 8 bits": {"vocabulary": VocabularyScheme(4, 8)},
+    "one matrix of 8 bits, quantized activations": {
+        "vocabulary": VocabularyScheme(8, 8),
+        "activations": ActivationScheme(8),
+    },
+    "rotated offline, embedding of 8 bits": {
+        "vocabulary": VocabularyScheme(16, 8),
+        "transform": TransformConfig(rotation="offline", rotation_block=32),
+    },
 }
 
 

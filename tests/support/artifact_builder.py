@@ -187,8 +187,9 @@ def write_layer(writer: ArtifactWriter, model: TinyModel, layer_index: int) -> N
 
 
 def finish(writer: ArtifactWriter, model: TinyModel, **changes: Any) -> Manifest:
-    """Write what follows the layers of ``model``; ``changes`` replace arguments of ``finish``."""
-    writer.write_rest(model.rest())
+    """Write what follows the layers of ``model``, the rest unless it is there; ``changes`` replace arguments."""
+    if not writer.has_rest():
+        writer.write_rest(model.rest())
     arguments: dict[str, Any] = {
         "build": BuildConfig(),
         "hf_config": model.hf_config,

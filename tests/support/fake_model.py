@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from models.artifact.format import Manifest, self_hash
+from models.artifact.format import Manifest, TensorRecord, self_hash
 from models.artifact.load import LoadedModel
 from models.config import BuildConfig
 from models.llama.batch import Batch
@@ -159,6 +159,7 @@ class FakeParts:
 
 
 def fake_manifest() -> Manifest:
+    embedding = TensorRecord(file="model.safetensors", dtype="BF16", shape=(4, 2), sha256="0" * 64)
     values: dict[str, Any] = {
         "format": "qerve-1",
         "qerve_version": "0",
@@ -166,7 +167,7 @@ def fake_manifest() -> Manifest:
         "checkpoint_fingerprint": "0" * 64,
         "calibration_fingerprint": None,
         "linears": {},
-        "tensors": {},
+        "tensors": {"model.embed_tokens.weight": embedding},
         "files": {},
         "component_bytes": {},
         "effective_bits": 4.75,

@@ -1,5 +1,6 @@
 """How an artifact was made, in words: of `qerve inspect` and of the server's model card."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from models.config import (
     ReconstructConfig,
     TransformConfig,
 )
-from models.scheme import ActivationScheme, QuantScheme
+from models.scheme import ActivationScheme, QuantScheme, VocabularyScheme
 from service.model_info import ModelInfo
 from tests.support.artifact_builder import LinearKind, mixed_model, write_artifact
 from tests.support.tiny_checkpoints import VOCAB_SIZE, tokenizer_files
@@ -32,13 +33,17 @@ EVERYTHING = BuildConfig(
     objective="output",
     budget=BudgetConfig(4.25, (3, 4), 32),
     layers={"model.layers.0.mlp.down_proj": LayerConfig(num_bits=8)},
+    vocabulary=VocabularyScheme(4, 8),
 )
+BUILT = replace(EVERYTHING, vocabulary=VocabularyScheme())
+"""What there is an artifact of: the model of the test support has no codes for embedding and head."""
 
 
 def test_every_part_of_a_build_is_described_in_the_order_of_its_work() -> None:
     assert list(describe_build(EVERYTHING).items()) == [
         ("weights", "MXINT4, group 16, ceil exponents, gptq, clip search, act order, damping 0.05"),
         ("activations", "INT4 asymmetric, group 128, clip ratio 0.9"),
+        ("vocabulary", "head 4 bits, embedding 8 bits"),
         ("attention inputs", "INT6 symmetric, group 32"),
         ("transform", "flatten 0.5, permute, rotation online in blocks of 64"),
         ("objective", "output"),
@@ -64,14 +69,14 @@ def test_what_a_build_does_not_use_is_not_mentioned() -> None:
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("described") / "art"
     model = mixed_model(LinearKind(), vocab_size=VOCAB_SIZE)
-    write_artifact(directory, model, build=EVERYTHING, tokenizer_files=tokenizer_files())
+    write_artifact(directory, model, build=BUILT, tokenizer_files=tokenizer_files())
     return directory
 
 
 def test_inspect_shows_how_layers_differ_and_what_would_run_them(artifact: Path) -> None:
     inspection = inspect_artifact(artifact, "cpu", is_verified=True)
     rows = inspection.summary_rows()
-    assert describe_build(EVERYTHING).items() <= rows.items()
+    assert describe_build(BUILT).items() <= rows.items()
     assert rows["  INT4 asymmetric, group 32"] == rows["  MXINT4, group 32, ceil exponents"] == "7 linear layers"
     first, *_others, last = inspection.layer_rows()
     assert first[1:4] == ("4", "32", "4")

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from service.engine.detokenizer import MAX_PENDING_TOKENS, Detokenizer, StopMatcher, TextStream
+from service.engine.detokenizer import MAX_PENDING_TOKENS, Detokenizer, StopMatcher, TextStream, TokenTexts
 from tests.support.fake_model import EOS, ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -159,3 +159,16 @@ def test_a_stop_string_of_the_replacement_character_is_found_in_the_last_flush()
 def test_without_a_match_everything_comes_out(stops):
     matcher = StopMatcher(stops)
     assert matcher.push("hello") + matcher.flush() == "hello"
+
+
+def test_texts_of_single_tokens_are_asked_for_once_and_change_no_text():
+    asked = []
+
+    class Counting(ByteTokenizer):
+        def decode(self, ids, skip_special_tokens=True):
+            asked.append(list(ids))
+            return super().decode(ids, skip_special_tokens)
+
+    text = "abab€abab"
+    assert "".join(stream_all(TokenTexts(Counting()), [], BYTES.encode(text))) == text
+    assert asked.count([ord("a")]) == asked.count([ord("b")]) == 1

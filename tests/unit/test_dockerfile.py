@@ -53,7 +53,7 @@ def test_every_copied_file_exists_and_is_in_the_build_context(dockerfile: list[I
         step.arguments.split()[:-1] for step in dockerfile if step.name == "COPY" and "--from" not in step.arguments
     ]
     names = [name.rstrip("/") for names in local for name in names]
-    assert set(names) == {"pyproject.toml", "README.md", "models", "service"}
+    assert set(names) == {"pyproject.toml", "CMakeLists.txt", "README.md", "models", "service"}
     for name in names:
         assert (ROOT / name).exists()
         assert not is_ignored(name, DOCKERIGNORE)
@@ -147,7 +147,10 @@ def test_health_check_fails_when_nothing_listens(run_health_check: Any) -> None:
 
 def test_build_context_holds_the_sources() -> None:
     files = [
-        path for top in ("models", "service") for path in (ROOT / top).rglob("*") if path.suffix in {".py", ".typed"}
+        path
+        for top in ("models", "service")
+        for path in (ROOT / top).rglob("*")
+        if path.suffix in {".py", ".typed", ".cpp", ".h", ".map"} or path.name == "CMakeLists.txt"
     ]
     assert len(files) > 20
     assert [str(f) for f in files if is_ignored(f.relative_to(ROOT).as_posix(), DOCKERIGNORE)] == []
@@ -158,6 +161,7 @@ def test_build_context_holds_the_sources() -> None:
     [
         ".git/config", ".env", ".venv/bin/python", ".cache/models/x.gguf", "artifacts/a/model.safetensors",
         "tests/conftest.py", "id_rsa", "models/quant/__pycache__/rtn.cpython-311.pyc", "models/a.pyc",
+        "models/kernels/_qerve_cpu.so", "models/kernels/_qerve_cpu.missing", "build/native/build.ninja",
     ],
 )  # fmt: skip
 def test_build_context_leaves_out(path: str) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from models.errors import QerveError
 from models.llama.kv_cache import PagedKVCache
-from service.engine.capacity import CacheLimits, plan_cache
+from service.engine.capacity import CacheLimits, plan_cache, step_tokens
 from tests.support.fake_model import fake_config
 
 GIB = 1 << 30
@@ -76,3 +76,22 @@ def test_the_cache_takes_memory_only_as_it_is_used():
 def test_half_precision_holds_twice_as_many_tokens():
     limits = CacheLimits(max_num_seqs=100, memory_bytes=6400)
     assert plan(limits, dtype=torch.bfloat16).num_blocks == 2 * plan(limits).num_blocks
+
+
+@pytest.mark.parametrize(
+    ("device", "max_num_seqs", "asked", "tokens"),
+    [
+        ("cpu", 8, None, 512),
+        ("cuda", 8, None, 2048),
+        ("cpu", 1000, None, 1016),
+        ("cpu", 8, 24, 24),
+        ("cuda", 8, 64, 64),
+    ],
+)
+def test_a_step_has_room_for_every_decode_and_a_block_of_a_prompt(device, max_num_seqs, asked, tokens):
+    assert step_tokens(device, max_num_seqs, asked) == tokens
+
+
+def test_a_step_in_which_prompts_could_starve_is_an_error_that_says_what_to_change():
+    with pytest.raises(QerveError, match="23 leaves no room for a prompt beside 8 decodes: make it at least 24"):
+        step_tokens("cpu", 8, 23)

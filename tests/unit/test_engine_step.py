@@ -34,11 +34,13 @@ class Recorder(EngineObserver):
         self.num_nonfinite += 1
 
 
-def make_engine(model=None, num_blocks=64, max_num_seqs=4, observer=None, max_num_batched_tokens=512):
+def make_engine(
+    model=None, num_blocks=64, max_num_seqs=4, observer=None, max_num_batched_tokens=512, tokenizer=TOKENIZER
+):
     model = model or FakeModel()
     runner = Runner(model, PagedKVCache(model.config, num_blocks))
     scheduler = Scheduler(BlockManager(num_blocks), max_num_seqs, max_num_batched_tokens)
-    return Engine(runner, scheduler, TOKENIZER, observer or Recorder())
+    return Engine(runner, scheduler, tokenizer, observer or Recorder())
 
 
 def make_request(name, prompt="hello", **params):
@@ -63,20 +65,78 @@ def greedy_text(prompt, num_tokens=20):
     return TOKENIZER.decode(FakeModel().continue_greedily(TOKENIZER.encode(prompt), num_tokens))
 
 
-@settings(deadline=None, max_examples=25)
-@given(
-    st.lists(st.tuples(st.text("abc ", min_size=1, max_size=40), st.integers(1, 30)), min_size=1, max_size=8),
-    st.integers(1, 4),
-    st.integers(5, 60),
-)
-def test_whatever_shares_the_batch_each_request_gets_the_text_it_gets_alone(calls, max_num_seqs, budget):
-    engine = make_engine(num_blocks=12, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget)
-    requests = [make_request(str(i), prompt, max_tokens=length) for i, (prompt, length) in enumerate(calls)]
-    texts, reasons = run(engine, requests)
-    for index, (prompt, length) in enumerate(calls):
-        assert texts[str(index)] == greedy_text(prompt, length)
-        assert reasons[str(index)] is FinishReason.LENGTH
+CALLS = st.tuples(st.text("abc ", min_size=1, max_size=70), st.integers(1, 30), st.integers(0, 6))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(CALLS, min_size=1, max_size=8), st.integers(1, 4), st.integers(16, 80))
+def test_whenever_it_comes_and_however_it_is_cut_each_request_gets_the_text_it_gets_alone(calls, max_num_seqs, budget):
+    observer = Recorder()
+    engine = make_engine(num_blocks=12, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, observer=observer)
+    pending = [(make_request(str(i), text, max_tokens=length), gap) for i, (text, length, gap) in enumerate(calls)]
+    texts, reasons = {request.request_id: "" for request, _ in pending}, {}
+    num_steps = 0
+    while pending or engine.has_work:
+        num_steps += 1
+        if pending and num_steps % (1 + pending[0][1]) == 0:
+            engine.add(pending.pop(0)[0])
+        for output in engine.step():
+            texts[output.request_id] += output.text
+            if output.finish_reason:
+                reasons[output.request_id] = output.finish_reason
+    assert texts == {str(i): greedy_text(prompt, length) for i, (prompt, length, _) in enumerate(calls)}
+    assert set(reasons.values()) == {FinishReason.LENGTH}
     assert engine.scheduler.blocks.num_used_blocks == 0
+    assert max(observer.steps) <= budget
+    # Every token is computed once: prompts, and all that is generated but the last token of each.
+    assert sum(observer.steps) == sum(len(prompt) + length - 1 for prompt, length, _ in calls)
+    first_tokens = [name for name, previous in observer.gaps if previous is None]
+    assert first_tokens == [str(index) for index in range(len(calls))]
+
+
+def test_a_request_inside_its_prompt_gives_no_output_and_no_logits():
+    class Counting(FakeModel):
+        num_rows = ()
+
+        def logits(self, hidden):
+            self.num_rows += (len(hidden),)
+            return super().logits(hidden)
+
+    model, observer = Counting(), Recorder()
+    engine = make_engine(model, max_num_batched_tokens=16, observer=observer)
+    engine.add(make_request("long", "x" * 40, max_tokens=2))
+    assert [len(engine.step()) for _ in range(4)] == [0, 0, 1, 1]
+    assert observer.steps == [16, 16, 8, 1]
+    assert model.num_rows == (1, 1)
+
+
+def test_a_running_request_gets_a_token_in_every_step_of_a_long_prompt():
+    engine = make_engine(max_num_batched_tokens=32)
+    engine.add(make_request("short"))
+    engine.step()
+    engine.add(make_request("long", "x" * 100))
+    names = [[output.request_id for output in engine.step()] for _ in range(8)]
+    assert names == [["short"]] * 5 + [["short", "long"]] * 3
+
+
+def test_a_request_aborted_inside_its_prompt_frees_its_blocks_and_the_next_one_starts():
+    engine = make_engine(max_num_batched_tokens=16)
+    engine.add(make_request("long", "x" * 100))
+    engine.add(make_request("next"))
+    engine.step()
+    engine.abort(["long"])
+    assert [output.request_id for output in engine.step()] == ["next"]
+    while engine.has_work:
+        engine.step()
+    assert engine.scheduler.blocks.num_used_blocks == 0
+
+
+def test_a_step_that_fails_inside_a_prompt_fails_that_request(caplog):
+    engine = make_engine(FakeModel(faults=Faults(fails_on=ord("#"))), max_num_batched_tokens=16)
+    _, reasons = run(engine, [make_request("bad", "x" * 20 + "#" + "x" * 20)])
+    assert reasons == {"bad": FinishReason.ERROR}
+    assert engine.scheduler.blocks.num_used_blocks == 0
+    assert len(caplog.records) == 1
 
 
 def test_requests_are_batched_prefill_and_decode_together():
@@ -119,9 +179,7 @@ def test_a_stop_string_completed_by_the_text_held_to_the_end_counts_as_a_stop():
         def decode(self, ids, skip_special_tokens=True):
             return bytes([0xE2] * len(ids)).decode("utf-8", errors="replace")
 
-    engine = make_engine()
-    engine._tokenizer = Halves()
-    texts, reasons = run(engine, [make_request("a", max_tokens=1, stop=("\ufffd",))])
+    texts, reasons = run(make_engine(tokenizer=Halves()), [make_request("a", max_tokens=1, stop=("\ufffd",))])
     assert (texts["a"], reasons["a"]) == ("", FinishReason.STOP)
 
 
@@ -136,9 +194,7 @@ def eos_engine():
     """The letter that comes first after "hello" ends the text."""
     tokenizer = ByteTokenizer()
     tokenizer.eos_token_ids = frozenset({FakeModel().next_token(TOKENIZER.encode("hello"))})
-    engine = make_engine()
-    engine._tokenizer = tokenizer
-    return engine
+    return make_engine(tokenizer=tokenizer)
 
 
 def test_the_end_of_text_token_stops_and_shows_nothing():
@@ -179,9 +235,7 @@ def test_a_tokenizer_that_fails_on_a_token_fails_that_request_only(caplog):
                 raise RuntimeError("cannot decode")
             return super().decode(ids, skip_special_tokens)
 
-    engine = make_engine()
-    engine._tokenizer = Picky()
-    texts, reasons = run(engine, [make_request("good"), make_request("bad", "#x")])
+    texts, reasons = run(make_engine(tokenizer=Picky()), [make_request("good"), make_request("bad", "#x")])
     assert reasons == {"good": FinishReason.LENGTH, "bad": FinishReason.ERROR}
     assert texts["good"] == greedy_text("hello")
     assert "cannot be turned into text" in caplog.text

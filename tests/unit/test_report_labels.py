@@ -25,6 +25,9 @@ from tests.support.comparisons import build
         ),
         ({"transform": {"flatten": 0.5}, "objective": "output"}, "INT4 g64, rtn, flatten 0.5, output objective, "
             "qera-exact r8"),
+        ({"vocabulary": {"head_bits": 4}}, "INT4 g64, rtn, head 4 bits, qera-exact r8"),
+        ({"vocabulary": {"head_bits": 8, "embedding_bits": 8}}, "INT4 g64, rtn, head 8 bits, embedding 8 bits, "
+            "qera-exact r8"),
         ({"budget": {"target_bits": 3.5}}, "INT4 g64, rtn, budget 3.5 bits, qera-exact r8"),
     ],
 )  # fmt: skip

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from models.artifact.format import Manifest
+from models.artifact.format import Manifest, TensorRecord
 from models.artifact.record import LinearRecord
 from models.config import BuildConfig
 from models.report.layers import artifact_report
@@ -16,6 +16,8 @@ from models.scheme import QuantScheme
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
                "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+
+TENSOR = TensorRecord.model_construct(dtype="BF16", shape=(320, 128))
 
 
 def record(weight_error, output_error, rank=0):
@@ -46,6 +48,8 @@ def manifest(num_layers=2, is_calibrated=True, source="corpus.txt"):
         build=BuildConfig.from_dict({"calibration": {"source": source}}),
         checkpoint_fingerprint="ab" * 32,
         linears=linears,
+        vocabulary={},
+        tensors={"model.embed_tokens.weight": TENSOR},
         component_bytes={"packed": 1 << 20, "scale": 1 << 18, "lora_up": 0},
         effective_bits=4.4,
         dense_bytes=1 << 24,

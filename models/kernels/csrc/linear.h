@@ -1,0 +1,213 @@
+// Quantized rows times packed strips, with the low-rank term as further blocks of the same sum.
+//
+// For a row t, an output o and a block b of input channels, with w the codes minus their zero points:
+//     y[t][o] = sum over b of (sum over c in b of w[o][c] * x[t][c]) * (weight scale[o][b] * input scale[t][b])
+// The inner sum is exact in int32. The outer one runs over the blocks in order, in float32, one fma each: whatever tile
+// a row falls into, its result is the same. The low-rank blocks follow the main ones, then come bias and residual.
+#pragma once
+
+#include <cstring>
+
+#include "kernels.h"
+#include "wait.h"
+
+namespace qerve {
+
+constexpr int kHalf = 16;  // output rows of half a strip: the lanes of one sum
+
+inline int64_t header_bytes(bool has_zero_points) { return has_zero_points ? 128 : 64; }
+inline int64_t code_bytes(int storage_bits, int channels) { return int64_t{kStripRows} * channels * storage_bits / 8; }
+
+// The blocks of one part of a strip: what the inner loop needs to know about them.
+struct BlockRun {
+    const uint8_t* data;
+    int num_blocks;
+    int block;
+    int blocks_per_group;
+    bool has_zero_points;
+    int zero;
+    float multiplier;
+    Codes input;
+};
+
+inline BlockRun main_run(const LinearTask& task, int strip) {
+    const qerve_matrix& m = *task.matrix;
+    return {m.strips + strip * m.strip_bytes, m.in_features / m.block, m.block, m.blocks_per_group,
+            m.has_zero_points != 0, m.zero, m.multiplier, task.input};
+}
+
+// The low-rank blocks of a strip; num_blocks is 0 where there are none.
+inline BlockRun rank_run(const LinearTask& task, int strip) {
+    const qerve_matrix& m = *task.matrix;
+    const int num_blocks = (m.rank + kRankBlock - 1) / kRankBlock;
+    const int64_t bytes = num_blocks * (64 + code_bytes(8, kRankBlock));
+    return {m.strips + (strip + 1) * m.strip_bytes - bytes, num_blocks, kRankBlock, 1, false, 128, m.up_multiplier,
+            task.reduced};
+}
+
+// acc[t][h] += sums of kRows rows of x with one block of codes, h the half of the strip.
+template <class S, int kBits, int kRows>
+inline void add_products(const uint8_t* codes, int block, const int8_t* x, int64_t stride, typename S::I (&acc)[kRows][2]) {
+    constexpr int kFields = 8 / kBits;
+    constexpr int kMask = kBits;
+    for (int c = 0; c < block; c += 4 * kFields, codes += 128) {
+        const typename S::B first = S::load_bytes(codes);
+        const typename S::B second = S::load_bytes(codes + 64);
+        const auto multiply = [&](typename S::B low, typename S::B high, int field) {
+            for (int t = 0; t < kRows; ++t) {
+                const int8_t* four = x + t * stride + c + 4 * field;
+                if constexpr (kBits == 8) {
+                    acc[t][0] = S::dot(acc[t][0], low, four);
+                    acc[t][1] = S::dot(acc[t][1], high, four);
+                } else {
+                    acc[t][0] = S::dot_small(acc[t][0], low, four);
+                    acc[t][1] = S::dot_small(acc[t][1], high, four);
+                }
+            }
+        };
+        if constexpr (kBits == 8) {
+            multiply(first, second, 0);
+        } else if constexpr (kBits == 4) {
+            multiply(S::template field<0, kMask>(first), S::template field<0, kMask>(second), 0);
+            multiply(S::template field<4, kMask>(first), S::template field<4, kMask>(second), 1);
+        } else {
+            multiply(S::template field<0, kMask>(first), S::template field<0, kMask>(second), 0);
+            multiply(S::template field<2, kMask>(first), S::template field<2, kMask>(second), 1);
+            multiply(S::template field<4, kMask>(first), S::template field<4, kMask>(second), 2);
+            multiply(S::template field<6, kMask>(first), S::template field<6, kMask>(second), 3);
+        }
+    }
+}
+
+// Where a scale applies to several blocks, headers are further apart than blocks. An input whose blocks are wider than
+// those of the run (first channels of a 64-channel input, read 32 at a time) shares its scale among them.
+struct InputBlock {
+    int64_t channel;
+    int64_t index;  // of its scale
+};
+
+inline InputBlock input_block(const BlockRun& run, int b) {
+    const int64_t channel = int64_t{b} * run.block;
+    return {channel, channel / run.input.block};
+}
+
+// Sum of the codes of one row over one block of the run.
+inline int32_t block_sum(const BlockRun& run, int64_t row, const InputBlock& at) {
+    if (run.input.block == run.block) return run.input.sum[row * run.input.num_blocks + at.index];
+    int32_t sum = 0;
+    const int64_t start = row * run.input.stride + at.channel;
+    for (int c = 0; c < run.block; ++c) {
+        sum += run.input.lo ? 256 * run.input.hi[start + c] + run.input.lo[start + c] : run.input.hi[start + c];
+    }
+    return sum;
+}
+
+template <class S, int kBits, int kRows>
+inline void add_run(const BlockRun& run, int64_t row, typename S::F (&total)[kRows][2]) {
+    const Codes& x = run.input;
+    const uint8_t* data = run.data;
+    typename S::F scale[2] = {S::zero(), S::zero()};
+    typename S::I zero[2] = {S::zero_i(), S::zero_i()};
+    for (int b = 0; b < run.num_blocks; ++b) {
+        if (b % run.blocks_per_group == 0) {
+            const auto* scales = reinterpret_cast<const uint16_t*>(data);
+            const auto multiplier = S::set1(run.multiplier);
+            for (int h = 0; h < 2; ++h) scale[h] = S::mul(S::load_f16(scales + kHalf * h), multiplier);
+            if (run.has_zero_points) {
+                const auto* zeros = reinterpret_cast<const int16_t*>(data + 64);
+                for (int h = 0; h < 2; ++h) zero[h] = S::load_i16(zeros + kHalf * h);
+            }
+            data += header_bytes(run.has_zero_points);
+        }
+        const InputBlock at = input_block(run, b);
+        typename S::I acc[kRows][2];
+        for (int t = 0; t < kRows; ++t) acc[t][0] = acc[t][1] = S::zero_i();
+        add_products<S, kBits, kRows>(data, run.block, x.hi + row * x.stride + at.channel, x.stride, acc);
+        if (x.lo != nullptr) {
+            for (int t = 0; t < kRows; ++t) {
+                for (int h = 0; h < 2; ++h) acc[t][h] = S::template shift_left<8>(acc[t][h]);
+            }
+            add_products<S, kBits, kRows>(data, run.block, x.lo + row * x.stride + at.channel, x.stride, acc);
+        }
+        data += code_bytes(kBits, run.block);
+        for (int t = 0; t < kRows; ++t) {
+            const int32_t sum = block_sum(run, row + t, at);
+            const auto input_scale = S::set1(x.scale[(row + t) * x.num_blocks + at.index]);
+            for (int h = 0; h < 2; ++h) {
+                const auto shift = run.has_zero_points ? S::mul_i(zero[h], S::set1_i(sum)) : S::set1_i(run.zero * sum);
+                const auto product = S::to_float(S::sub_i(acc[t][h], shift));
+                total[t][h] = S::fma(product, S::mul(scale[h], input_scale), total[t][h]);
+            }
+        }
+    }
+}
+
+// Bias, then the residual, then the store; the last strip may stick out over the last output.
+template <class S>
+inline void finish(const LinearTask& task, int strip, int half, int64_t row, typename S::F value) {
+    const qerve_matrix& m = *task.matrix;
+    const int column = strip * kStripRows + half * kHalf;
+    const int width = m.out_features - column;
+    if (width <= 0) return;
+    float* y = task.y + (row - task.row_begin) * task.ldy + column - task.strip_begin * kStripRows;
+    if (width >= kHalf) {
+        if (m.bias != nullptr) value = S::add(value, S::load(m.bias + column));
+        if (task.mode == QERVE_OUTPUT_ADD) value = S::add(S::load(y), value);
+        S::store(y, value);
+        return;
+    }
+    float lanes[kHalf];
+    S::store(lanes, value);
+    for (int i = 0; i < width; ++i) {
+        const float biased = m.bias != nullptr ? lanes[i] + m.bias[column + i] : lanes[i];
+        y[i] = task.mode == QERVE_OUTPUT_ADD ? y[i] + biased : biased;
+    }
+}
+
+template <class S, int kRows>
+inline void multiply_rows(const LinearTask& task, int strip, int64_t row) {
+    typename S::F total[kRows][2];
+    for (int t = 0; t < kRows; ++t) total[t][0] = total[t][1] = S::zero();
+    const BlockRun main = main_run(task, strip);
+    switch (task.matrix->storage_bits) {
+        case 2: add_run<S, 2, kRows>(main, row, total); break;
+        case 4: add_run<S, 4, kRows>(main, row, total); break;
+        default: add_run<S, 8, kRows>(main, row, total); break;
+    }
+    if (task.matrix->rank > 0) {
+        wait_for(task.progress);
+        add_run<S, 8, kRows>(rank_run(task, strip), row, total);
+    }
+    for (int t = 0; t < kRows; ++t) {
+        for (int h = 0; h < 2; ++h) finish<S>(task, strip, h, row + t, total[t][h]);
+    }
+}
+
+// Rows of a tile: two sums each stay in registers.
+template <class S>
+constexpr int kMaxRows = S::kAccumulators / 2;
+
+// Rows row_begin..row_end with one strip.
+template <class S>
+inline void multiply_strip(const LinearTask& task, int strip, int row_begin, int row_end) {
+    for (int row = row_begin; row < row_end;) {
+        const int left = row_end - row;
+        if (kMaxRows<S> >= 12 && left >= 12) { multiply_rows<S, kMaxRows<S> >= 12 ? 12 : 1>(task, strip, row); row += 12; }
+        else if (kMaxRows<S> >= 8 && left >= 8) { multiply_rows<S, kMaxRows<S> >= 8 ? 8 : 1>(task, strip, row); row += 8; }
+        else if (kMaxRows<S> >= 6 && left >= 6) { multiply_rows<S, kMaxRows<S> >= 6 ? 6 : 1>(task, strip, row); row += 6; }
+        else if (kMaxRows<S> >= 4 && left >= 4) { multiply_rows<S, kMaxRows<S> >= 4 ? 4 : 1>(task, strip, row); row += 4; }
+        else if (left >= 2) { multiply_rows<S, 2>(task, strip, row); row += 2; }
+        else { multiply_rows<S, 1>(task, strip, row); row += 1; }
+    }
+}
+
+inline int64_t no_scratch(const qerve_matrix&) { return 0; }
+
+template <class S>
+void linear(const LinearTask& task) {
+    for (int strip = task.strip_begin; strip < task.strip_end; ++strip) {
+        multiply_strip<S>(task, strip, task.row_begin, task.row_end);
+    }
+}
+
+}  // namespace qerve

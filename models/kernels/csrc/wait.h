@@ -1,0 +1,49 @@
+// Waiting for another thread: spin for a few microseconds, give the processor away, then (where a wake-up is sure to
+// come) sleep. Spinning alone would stop everything for a time slice when another process has the other thread's core.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <thread>
+
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+namespace qerve {
+
+constexpr int kSpins = 256;
+constexpr int kYields = 32;
+
+inline void relax() {
+#if defined(__x86_64__) || defined(_M_X64)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+// True once `is_done`; false when patience is over.
+template <class Condition>
+inline bool spin_until(Condition&& is_done) {
+    for (int i = 0; i < kSpins; ++i) {
+        if (is_done()) return true;
+        relax();
+    }
+    for (int i = 0; i < kYields; ++i) {
+        if (is_done()) return true;
+        std::this_thread::yield();
+    }
+    return is_done();
+}
+
+// The threads that work on what is waited for were running when they took it: they need no wake-up.
+inline void wait_for(const Progress& progress) {
+    if (progress.count == nullptr) return;
+    while (!spin_until([&] { return progress.count->load(std::memory_order_acquire) >= progress.target; })) {
+    }
+}
+
+}  // namespace qerve
