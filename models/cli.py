@@ -78,10 +78,11 @@ def build(
 ) -> None:
     """Quantize a checkpoint into an artifact."""
     from .build import build_artifact
+    from .build.recipe import training_method
     from .llama.checkpoint import open_checkpoint
-    from .memory import map_large_blocks
+    from .memory import keep_large_blocks, map_large_blocks
 
-    map_large_blocks()
+    (map_large_blocks if training_method(settings) is None else keep_large_blocks)()
     with RichObserver() as observer:
         report = build_artifact(
             open_checkpoint(checkpoint, revision), out, settings, device=device, overwrite=overwrite, observer=observer

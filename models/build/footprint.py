@@ -10,7 +10,7 @@ import torch
 from ..artifact.format import Component
 from ..artifact.layout import layer_shapes, rest_shapes
 from ..budget import Choice, stored_bits
-from ..config import BuildConfig, CalibrationConfig
+from ..config import BuildConfig
 from ..device import default_dtype
 from ..kernels import AUTO, get_backends
 from ..layers.linear import LowRankLinear
@@ -23,7 +23,7 @@ from ..reconstruct import get_reconstructor
 from ..reconstruct.serq import Serq
 from ..scheme import EMBEDDING, HEAD
 from ..types import LinearWeights, QuantizedWeight
-from .recipe import has_target_stream, rotation_block
+from .recipe import has_target_stream, rotation_block, sequences_together
 
 _MATRIX_BYTES = 2
 _ROW_TILE = 64
@@ -203,9 +203,10 @@ def memory_bound_bytes(network: LlamaConfig, num_inside: int, hidden_bytes: int)
     return 4 * (embedding + layer + num_inside * per_token) + hidden_bytes
 
 
-def num_tokens_inside(calibration: CalibrationConfig) -> int:
-    """Tokens of the largest batch: what is inside a layer at a time."""
-    return min(calibration.batch_size, calibration.num_sequences) * calibration.sequence_length
+def num_tokens_inside(config: BuildConfig) -> int:
+    """Tokens that are inside a layer at a time while nothing is trained."""
+    calibration = config.calibration
+    return min(sequences_together(config), calibration.num_sequences) * calibration.sequence_length
 
 
 def build_memory_bytes(network: LlamaConfig, config: BuildConfig) -> int:
@@ -216,6 +217,6 @@ def build_memory_bytes(network: LlamaConfig, config: BuildConfig) -> int:
     has_target = has_target_stream(config)
     num_holdouts = 3 if config.vocabulary.embedding_bits < 16 else 2
     num_sequences = calibration.num_sequences * (2 if has_target else 1) + num_holdouts * calibration.num_holdout
-    num_inside = num_tokens_inside(calibration)
+    num_inside = num_tokens_inside(config)
     hidden_bytes = 4 * num_sequences * calibration.sequence_length * network.hidden_size
     return memory_bound_bytes(network, num_inside, hidden_bytes)
