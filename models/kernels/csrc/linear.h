@@ -286,7 +286,8 @@ inline void multiply_strip(const LinearTask& task, int strip, int row_begin, int
     }
 }
 
-inline int64_t no_scratch(const qerve_matrix&) { return 0; }
+template <class S>
+int64_t no_scratch(const qerve_matrix&) { return 0; }
 
 template <class S>
 void linear(const LinearTask& task) {

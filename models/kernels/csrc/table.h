@@ -47,7 +47,7 @@ Kernels kernels_of(const char* name) {
     table.quantize_row = Input<S>::quantize_row;
     table.quantize_reduced = Input<S>::quantize_reduced;
     table.linear = linear<S>;
-    table.linear_scratch_bytes = no_scratch;
+    table.linear_scratch_bytes = no_scratch<S>;
     table.silu_multiply = Input<S>::silu_multiply;
     table.quantize_qkv = Cache<S>::quantize_qkv;
     table.append = Cache<S>::append;
