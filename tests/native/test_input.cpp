@@ -26,7 +26,7 @@ struct Row {
 struct Buffers {
     Buffers(int32_t n, int32_t block, bool is_wide)
         : hi(static_cast<size_t>(3 * (n + 64)), 99), lo(hi), scales(static_cast<size_t>(3 * (n / block)), -1.0f), sums(scales.size(), -1) {
-        codes = {hi.data(), is_wide ? lo.data() : nullptr, scales.data(), sums.data(), n + 64, n / block, block};
+        codes = {hi.data(), is_wide ? lo.data() : nullptr, scales.data(), sums.data(), n + 64, 3, n / block, block};
     }
 
     // Row 1 of three; the others must be as they were.
@@ -39,7 +39,7 @@ struct Buffers {
         }
         const auto blocks = static_cast<size_t>(codes.num_blocks);
         for (size_t i = 0; i < 3 * blocks; ++i) {
-            const bool is_own = i >= blocks && i < 2 * blocks;
+            const bool is_own = i % 3 == 1;
             if (is_own) result.scales.push_back(scales[i]), result.sums.push_back(sums[i]);
             else CHECK(scales[i] == -1.0f && sums[i] == -1);
         }
@@ -143,18 +143,6 @@ std::vector<std::vector<float>> rows(int32_t n) {
     return all;
 }
 
-// silu(gate) * up, as rows of 32 of which `width` are computed; what lies between the rows must stay.
-std::vector<float> silu_multiply(const Kernels& kernels, const std::vector<float>& gate, const std::vector<float>& up, size_t width = 32) {
-    const size_t num_rows = gate.size() / 32, ld = 41;
-    std::vector<float> out(num_rows * ld, -7.0f), products;
-    kernels.silu_multiply(gate.data(), up.data(), static_cast<int64_t>(num_rows), static_cast<int64_t>(width), out.data(), ld);
-    for (size_t i = 0; i < out.size(); ++i) {
-        if (i % ld < width) products.push_back(out[i]);
-        else CHECK_EQUAL(out[i], -7.0f);
-    }
-    return products;
-}
-
 std::vector<double> hadamard(const std::vector<double>& x, size_t block) {
     std::vector<double> out;
     for (size_t start = 0; start < x.size(); start += block) {
@@ -165,6 +153,12 @@ std::vector<double> hadamard(const std::vector<double>& x, size_t block) {
         }
     }
     return out;
+}
+
+// silu(gate) * up over any number of values that rows of 32 hold.
+void silu_multiply(const Kernels& kernels, std::vector<float>& gate, const std::vector<float>& up) {
+    const auto num_rows = static_cast<int64_t>(gate.size() / 32);
+    kernels.silu_multiply(gate.data(), up.data(), num_rows, 32, gate.data(), 32);
 }
 
 }  // namespace
@@ -237,7 +231,8 @@ QERVE_TEST(input_kernels_have_the_same_bits_on_all_instruction_sets) {
     for (float& v : gain) v = normal(random);
     for (float& v : gate) v = 20 * normal(random);
     for (float& v : up) v = normal(random);
-    const std::vector<float> expected_products = silu_multiply(*portable_kernels(), gate, up);
+    std::vector<float> expected_products = gate;
+    silu_multiply(*portable_kernels(), expected_products, up);
     for (const Kernels* kernels : runnable_kernels()) {
         for (const std::vector<float>& x : rows(n)) {
             for (const int32_t rotation : {0, 64}) {
@@ -248,7 +243,8 @@ QERVE_TEST(input_kernels_have_the_same_bits_on_all_instruction_sets) {
                 CHECK(row.codes == expected.codes && row.scales == expected.scales && row.sums == expected.sums);
             }
         }
-        const std::vector<float> products = silu_multiply(*kernels, gate, up);
+        std::vector<float> products = gate;
+        silu_multiply(*kernels, products, up);
         CHECK(std::memcmp(products.data(), expected_products.data(), n * sizeof(float)) == 0);
     }
 }
@@ -290,33 +286,45 @@ QERVE_TEST(reduced_rows_are_quantized_block_by_block) {
     }
 }
 
+QERVE_TEST(silu_writes_rows_of_any_width_where_they_belong) {
+    for (const Kernels* kernels : runnable_kernels()) {
+        const std::vector<float> gate(3 * 32, 2.0f), up(3 * 32, 0.5f);
+        for (const int64_t width : {1, 15, 16, 17, 32}) {
+            std::vector<float> out(3 * 40, -1.0f);
+            kernels->silu_multiply(gate.data(), up.data(), 3, width, out.data(), 40);
+            for (size_t i = 0; i < out.size(); ++i) {
+                const bool is_written = static_cast<int64_t>(i % 40) < width;
+                CHECK(std::abs(static_cast<double>(out[i]) - (is_written ? 1 / (1 + std::exp(-2.0)) : -1.0)) < 1e-6);
+            }
+        }
+    }
+}
+
 QERVE_TEST(silu_is_accurate_over_the_whole_range) {
     std::mt19937 random(10);
     for (const Kernels* kernels : runnable_kernels()) {
         std::vector<float> gate;
         for (int i = 0; i < 16000; ++i) gate.push_back(std::uniform_real_distribution<float>(-87.0f, 100.0f)(random));
         for (int i = 0; i < 16000; ++i) gate.push_back(std::ldexp(std::uniform_real_distribution<float>(-1.0f, 1.0f)(random), -static_cast<int>(random() % 100)));
+        std::vector<float> products = gate;
         const std::vector<float> up(gate.size(), 1.0f);
-        const std::vector<float> products = silu_multiply(*kernels, gate, up);
+        silu_multiply(*kernels, products, up);
         double worst = 0;
         for (size_t i = 0; i < gate.size(); ++i) {
             const double x = static_cast<double>(gate[i]), expected = x / (1 + std::exp(-x));
             worst = std::max(worst, std::abs(static_cast<double>(products[i]) - expected) / std::abs(expected));
         }
         CHECK(worst < 3e-7);
-        const float infinity = std::numeric_limits<float>::infinity();
-        std::vector<float> far = {-88.0f, -89.0f, -1e3f, -1e30f, -3e38f, 3e38f, 1e30f, 200.0f, 0.0f, -0.0f, 1e-40f, -1e-40f,
-                                  infinity, -infinity, std::nanf("")};
-        far.resize(32, 2.0f);
-        const std::vector<float> results = silu_multiply(*kernels, far, up);
-        for (size_t i = 0; i < 5; ++i) CHECK(results[i] <= 0.0f && results[i] > -1e-35f);
-        for (size_t i = 5; i < 8; ++i) CHECK(std::abs(results[i] / far[i] - 1) < 2e-7f);
-        for (size_t i = 8; i < 12; ++i) CHECK(std::abs(results[i]) <= 1e-40f);
-        CHECK_EQUAL(results[12], infinity);
-        CHECK(std::isnan(results[13]) && std::isnan(results[14]));
-        const std::vector<float> narrow = silu_multiply(*kernels, far, up, 19);
-        CHECK(std::memcmp(narrow.data(), results.data(), 8 * sizeof(float)) == 0);
-        CHECK_EQUAL(narrow[18], results[18]);
+        const float far[16] = {-88.0f, -89.0f, -1e3f, -1e30f, -3e38f, 3e38f, 1e30f, 200.0f, 0.0f, -0.0f, 1e-40f, -1e-40f,
+                               std::numeric_limits<float>::infinity(), std::nanf(""), 1.0f, 1.0f};
+        float results[16];
+        std::copy(far, far + 16, results);
+        kernels->silu_multiply(results, up.data(), 1, 16, results, 16);
+        for (int i = 0; i < 5; ++i) CHECK(results[i] <= 0.0f && results[i] > -1e-36f);
+        for (int i = 5; i < 8; ++i) CHECK_EQUAL(results[i], far[i]);
+        for (int i = 8; i < 12; ++i) CHECK(std::abs(results[i]) <= 1e-40f);
+        CHECK_EQUAL(results[12], far[12]);
+        CHECK(std::isnan(results[13]));
     }
 }
 

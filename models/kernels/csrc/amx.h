@@ -12,7 +12,7 @@
 namespace qerve {
 
 constexpr int kTileRows = 16;
-constexpr int kFewestTileRows = 4;  // fewer rows are faster without tiles
+constexpr int kFewestRows = 32;  // fewer are faster without tiles: unpacking a strip takes as long as 8 rows
 
 // Tiles: sums, rows of 64 channels, weights of 64 channels, each for full and for remaining rows, and of 32 channels.
 // Tiles: sums of the two halves of a strip, rows, weights, all of them twice: what loads one does not wait for the other.
@@ -23,17 +23,15 @@ struct alignas(64) TileConfig {
     uint8_t reserved[14] = {};
     uint16_t row_bytes[16] = {};
     uint8_t rows[16] = {};
-
-    void set(int tile, int num_rows) {
-        rows[tile] = static_cast<uint8_t>(num_rows);
-        row_bytes[tile] = 64;
-    }
 };
 
-// Sums and rows in tiles 0..5 with `num_rows` rows, weights in 6 and 7.
-inline void configure_tiles(int num_rows) {
+// Sums in tiles 0 to 3, rows in 4 and 5, weights in 6 and 7.
+inline void configure_tiles() {
     TileConfig config;
-    for (int tile = 0; tile < 8; ++tile) config.set(tile, tile < 6 ? num_rows : 16);
+    for (int tile = 0; tile < 8; ++tile) {
+        config.rows[tile] = kTileRows;
+        config.row_bytes[tile] = 64;
+    }
     // The intrinsic tells the compiler of its first eight bytes only: the others would be left out as never read.
     asm volatile("" : : "r"(&config) : "memory");
     _tile_loadconfig(&config);
@@ -147,21 +145,21 @@ inline void tile_sums(const BlockRun& run, const int8_t* x, const int8_t* weight
     }
 }
 
-template <int kRows, bool kIsWide>
+template <bool kIsWide>
 inline void scale_sums(const BlockRun& run, const Unpacked& unpacked, int half, int first, int count, int64_t row,
                        const int32_t* sums, float* totals) {
     const Codes& x = run.input;
-    __m512 total[kRows];
+    __m512 total[kTileRows];
 #pragma GCC unroll 16
-    for (int t = 0; t < kRows; ++t) total[t] = _mm512_load_ps(totals + t * kHalf);
+    for (int t = 0; t < kTileRows; ++t) total[t] = _mm512_load_ps(totals + t * kHalf);
     for (int i = 0; i < count; ++i) {
         const InputBlock at = input_block(run, first + i);
         const int64_t header = (int64_t{2} * (first + i) + half) * kHalf;
         const int32_t* high = sums + (int64_t{2} * i + half) * kTileRows * kHalf;
-        const float* input_scales = x.scale + row * x.num_blocks + at.index;
+        const float* input_scales = x.scale + x.at(row, at.index);
         const __m512 scale = _mm512_loadu_ps(unpacked.scales + header);
 #pragma GCC unroll 16
-        for (int t = 0; t < kRows; ++t) {
+        for (int t = 0; t < kTileRows; ++t) {
             __m512i sum = _mm512_load_si512(high + t * kHalf);
             if constexpr (kIsWide) {
                 sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), _mm512_load_si512(high + kSumsInts + t * kHalf));
@@ -170,12 +168,12 @@ inline void scale_sums(const BlockRun& run, const Unpacked& unpacked, int half, 
                 const __m512i codes = _mm512_set1_epi32(block_sum(run, row + t, at));
                 sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(_mm512_loadu_si512(unpacked.shifts + header), codes));
             }
-            const __m512 input_scale = _mm512_set1_ps(input_scales[int64_t{t} * x.num_blocks]);
+            const __m512 input_scale = _mm512_set1_ps(input_scales[t]);
             total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, input_scale), total[t]);
         }
     }
 #pragma GCC unroll 16
-    for (int t = 0; t < kRows; ++t) _mm512_store_ps(totals + t * kHalf, total[t]);
+    for (int t = 0; t < kTileRows; ++t) _mm512_store_ps(totals + t * kHalf, total[t]);
 }
 
 // Memory of one thread: sums of both bytes of the rows' codes, totals of both halves, unpacked weights.
@@ -193,7 +191,6 @@ inline int64_t tile_scratch_bytes(const qerve_matrix& m) {
     return 2 * kSumsInts * 4 + 2 * kTileRows * kHalf * 4 + run_bytes(num_blocks);
 }
 
-template <int kRows>
 inline void add_run_in_tiles(const BlockRun& run, const Unpacked& unpacked, int64_t row, const TileScratch& scratch) {
     const Codes& x = run.input;
     for (int first = 0; first < run.num_blocks; first += kBlocksTogether) {
@@ -203,8 +200,8 @@ inline void add_run_in_tiles(const BlockRun& run, const Unpacked& unpacked, int6
         if (is_wide) tile_sums(run, x.lo + row * x.stride, unpacked.weights, first, count, scratch.sums + kSumsInts);
         for (int h = 0; h < 2; ++h) {
             float* totals = scratch.totals + h * kTileRows * kHalf;
-            if (is_wide) scale_sums<kRows, true>(run, unpacked, h, first, count, row, scratch.sums, totals);
-            else scale_sums<kRows, false>(run, unpacked, h, first, count, row, scratch.sums, totals);
+            if (is_wide) scale_sums<true>(run, unpacked, h, first, count, row, scratch.sums, totals);
+            else scale_sums<false>(run, unpacked, h, first, count, row, scratch.sums, totals);
         }
     }
 }
@@ -224,23 +221,15 @@ struct StripInTiles {
         wait_for(task.progress);
     }
 
-    template <class S, int kRows>
+    template <class S>
     void rows(int64_t row) const {
         for (int i = 0; i < 2 * kTileRows; ++i) _mm512_store_ps(scratch.totals + i * kHalf, _mm512_setzero_ps());
-        add_run_in_tiles<kRows>(main, main_weights, row, scratch);
-        if (rank.num_blocks > 0) add_run_in_tiles<kRows>(rank, rank_weights, row, scratch);
+        add_run_in_tiles(main, main_weights, row, scratch);
+        if (rank.num_blocks > 0) add_run_in_tiles(rank, rank_weights, row, scratch);
         for (int h = 0; h < 2; ++h) {
-            for (int t = 0; t < kRows; ++t) {
+            for (int t = 0; t < kTileRows; ++t) {
                 finish<S>(task, strip, h, row + t, _mm512_load_ps(scratch.totals + (h * kTileRows + t) * kHalf));
             }
-        }
-    }
-
-    template <class S, int kRows = kTileRows - 1>
-    void rest(int num_rows, int64_t row) const {
-        if constexpr (kRows >= kFewestTileRows) {
-            if (num_rows == kRows) return rows<S, kRows>(row);
-            rest<S, kRows - 1>(num_rows, row);
         }
     }
 };
@@ -248,26 +237,20 @@ struct StripInTiles {
 template <class S>
 void linear_in_tiles(const LinearTask& task) {
     const int num_rows = task.row_end - task.row_begin;
-    if (num_rows < kFewestTileRows) return linear<S>(task);
-    const int full = num_rows / kTileRows * kTileRows, rest = num_rows - full;
-    const int first = task.row_begin + full;
+    if (num_rows < kFewestRows) return linear<S>(task);
+    const int rest = task.row_end - num_rows % kTileRows;
+    configure_tiles();
     for (int strip = task.strip_begin; strip < task.strip_end; ++strip) {
         const StripInTiles tiles(task, strip);
-        if (full > 0) configure_tiles(kTileRows);
-        for (int row = task.row_begin; row < first; row += kTileRows) tiles.template rows<S, kTileRows>(row);
-        if (rest >= kFewestTileRows) {
-            configure_tiles(rest);
-            tiles.template rest<S>(rest, first);
-        } else if (rest > 0) {
-            multiply_strip<S>(task, strip, first, task.row_end);
-        }
+        for (int row = task.row_begin; row < rest; row += kTileRows) tiles.template rows<S>(row);
+        multiply_strip<S>(task, strip, rest, task.row_end);
     }
     _tile_release();
 }
 
 // For benches: the tile product alone, in enough sums at a time to hide its latency.
 inline int64_t tile_multiply_adds(int64_t iterations) {
-    configure_tiles(kTileRows);
+    configure_tiles();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);

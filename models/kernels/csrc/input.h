@@ -186,16 +186,16 @@ private:
                 Simd::store_i8(codes.lo + start + i, Simd::sub_i(code, Simd::template shift_left<8>(hi)));
             }
         }
-        codes.scale[row * codes.num_blocks + block] = grid.scale;
-        codes.sum[row * codes.num_blocks + block] = Simd::reduce_add_i(sum);
+        codes.scale[codes.at(row, block)] = grid.scale;
+        codes.sum[codes.at(row, block)] = Simd::reduce_add_i(sum);
     }
 
     static void poison_block(const Codes& codes, int64_t row, int64_t block) {
         const int64_t start = row * codes.stride + block * codes.block;
         std::memset(codes.hi + start, 0, static_cast<size_t>(codes.block));
         if (codes.lo != nullptr) std::memset(codes.lo + start, 0, static_cast<size_t>(codes.block));
-        codes.scale[row * codes.num_blocks + block] = std::numeric_limits<float>::quiet_NaN();
-        codes.sum[row * codes.num_blocks + block] = 0;
+        codes.scale[codes.at(row, block)] = std::numeric_limits<float>::quiet_NaN();
+        codes.sum[codes.at(row, block)] = 0;
     }
 };
 

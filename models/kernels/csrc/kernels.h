@@ -18,16 +18,19 @@ constexpr int kRankBlock = 32;
 constexpr int kCacheBlock = QERVE_CACHE_BLOCK;
 constexpr int kLanes = 16;
 
-// Rows of quantized activations. The value of channel c in row t is scale[t][c / block] * code, and code is
+// Rows of quantized activations. The value of channel c in row t is scale[at(t, c / block)] * code, and code is
 // 256 * hi + lo (16-bit rows) or hi alone (lo == nullptr). Codes of 8-bit rows lie in -127..127.
 struct Codes {
     int8_t* hi = nullptr;      // (num_rows, stride)
     int8_t* lo = nullptr;      // (num_rows, stride) or nullptr
-    float* scale = nullptr;    // (num_rows, num_blocks)
-    int32_t* sum = nullptr;    // (num_rows, num_blocks): codes of the block added up
+    float* scale = nullptr;    // (num_blocks, row_stride)
+    int32_t* sum = nullptr;    // (num_blocks, row_stride): codes of the block added up
     int64_t stride = 0;        // bytes between rows: in_features and some more
+    int64_t row_stride = 0;    // num_rows or more: a tile reads the scales of its rows side by side
     int32_t num_blocks = 0;    // in_features / block
     int32_t block = 0;
+
+    int64_t at(int64_t row, int64_t block_index) const { return block_index * row_stride + row; }
 };
 
 // Says when reduced rows that other threads compute are complete: `count` reaches `target`.

@@ -7,11 +7,20 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 #include "wait.h"
 
 namespace qerve {
+
+// The sums of a tile live in registers only where the loops over its rows are inlined and unrolled.
+#define QERVE_INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define QERVE_UNROLL_ROWS _Pragma("unroll")
+#else
+#define QERVE_UNROLL_ROWS _Pragma("GCC unroll 16")
+#endif
 
 constexpr int kHalf = 16;  // output rows of half a strip: the lanes of one sum
 
@@ -46,35 +55,55 @@ inline BlockRun rank_run(const LinearTask& task, int strip) {
 }
 
 // acc[t][h] += sums of kRows rows of x with one block of codes, h the half of the strip.
+// One sum takes the latency of an instruction per line: few rows have several sums each, which add up to the same.
 template <class S, int kBits, int kRows>
-inline void add_products(const uint8_t* codes, int block, const int8_t* x, int64_t stride, typename S::I (&acc)[kRows][2]) {
+QERVE_INLINE void add_products(const uint8_t* codes, int block, const int8_t* x, int64_t stride, typename S::I (&acc)[kRows][2]) {
     constexpr int kFields = 8 / kBits;
-    constexpr int kMask = kBits;
-    for (int c = 0; c < block; c += 4 * kFields, codes += 128) {
-        const typename S::B first = S::load_bytes(codes);
-        const typename S::B second = S::load_bytes(codes + 64);
-        const auto multiply = [&](typename S::B low, typename S::B high, int field) {
-            for (int t = 0; t < kRows; ++t) {
-                const int8_t* four = x + t * stride + c + 4 * field;
-                if constexpr (kBits == 8) {
-                    acc[t][0] = S::dot(acc[t][0], low, four);
-                    acc[t][1] = S::dot(acc[t][1], high, four);
-                } else {
-                    acc[t][0] = S::dot_small(acc[t][0], low, four);
-                    acc[t][1] = S::dot_small(acc[t][1], high, four);
-                }
+    constexpr int kSums = S::kAccumulators >= 24 && kRows <= 2 ? 4 / kRows : 1;
+    typename S::I more[kSums][kRows][2];
+    for (int i = 1; i < kSums; ++i) {
+        QERVE_UNROLL_ROWS
+        for (int t = 0; t < kRows; ++t) more[i][t][0] = more[i][t][1] = S::zero_i();
+    }
+    const auto multiply = [&](auto number, typename S::B low, typename S::B high, int channel) {
+        constexpr int kSum = decltype(number)::value % kSums;
+        QERVE_UNROLL_ROWS
+        for (int t = 0; t < kRows; ++t) {
+            typename S::I(&sums)[2] = kSum == 0 ? acc[t] : more[kSum][t];
+            sums[0] = S::dot(sums[0], low, x + t * stride + channel);
+            sums[1] = S::dot(sums[1], high, x + t * stride + channel);
+        }
+    };
+    // two lines of each half at a time, all fields of each
+    const auto multiply_line = [&](auto line, int channel) {
+        constexpr int kLine = decltype(line)::value;
+        const typename S::B first = S::load_bytes(codes + kLine * 128);
+        const typename S::B second = S::load_bytes(codes + kLine * 128 + 64);
+        const auto field = [&](auto number) {
+            constexpr int kField = decltype(number)::value;
+            if constexpr (kBits == 8) {
+                multiply(std::integral_constant<int, kLine>(), first, second, channel);
+            } else if constexpr (kField < kFields) {
+                multiply(std::integral_constant<int, kLine * kFields + kField>(),
+                         S::template field<(kField * kBits) % 8, kBits>(first),
+                         S::template field<(kField * kBits) % 8, kBits>(second), channel + 4 * kField);
             }
         };
-        if constexpr (kBits == 8) {
-            multiply(first, second, 0);
-        } else if constexpr (kBits == 4) {
-            multiply(S::template field<0, kMask>(first), S::template field<0, kMask>(second), 0);
-            multiply(S::template field<4, kMask>(first), S::template field<4, kMask>(second), 1);
-        } else {
-            multiply(S::template field<0, kMask>(first), S::template field<0, kMask>(second), 0);
-            multiply(S::template field<2, kMask>(first), S::template field<2, kMask>(second), 1);
-            multiply(S::template field<4, kMask>(first), S::template field<4, kMask>(second), 2);
-            multiply(S::template field<6, kMask>(first), S::template field<6, kMask>(second), 3);
+        field(std::integral_constant<int, 0>());
+        if constexpr (kBits < 8) field(std::integral_constant<int, 1>());
+        if constexpr (kBits < 4) {
+            field(std::integral_constant<int, 2>());
+            field(std::integral_constant<int, 3>());
+        }
+    };
+    for (int c = 0; c < block; c += 8 * kFields, codes += 256) {
+        multiply_line(std::integral_constant<int, 0>(), c);
+        multiply_line(std::integral_constant<int, 1>(), c + 4 * kFields);
+    }
+    for (int i = 1; i < kSums; ++i) {
+        QERVE_UNROLL_ROWS
+        for (int t = 0; t < kRows; ++t) {
+            for (int h = 0; h < 2; ++h) acc[t][h] = S::add_i(acc[t][h], more[i][t][h]);
         }
     }
 }
@@ -93,7 +122,7 @@ inline InputBlock input_block(const BlockRun& run, int b) {
 
 // Sum of the codes of one row over one block of the run.
 inline int32_t block_sum(const BlockRun& run, int64_t row, const InputBlock& at) {
-    if (run.input.block == run.block) return run.input.sum[row * run.input.num_blocks + at.index];
+    if (run.input.block == run.block) return run.input.sum[run.input.at(row, at.index)];
     int32_t sum = 0;
     const int64_t start = row * run.input.stride + at.channel;
     for (int c = 0; c < run.block; ++c) {
@@ -102,43 +131,90 @@ inline int32_t block_sum(const BlockRun& run, int64_t row, const InputBlock& at)
     return sum;
 }
 
-template <class S, int kBits, int kRows>
-inline void add_run(const BlockRun& run, int64_t row, typename S::F (&total)[kRows][2]) {
-    const Codes& x = run.input;
-    const uint8_t* data = run.data;
+// A group's header, read.
+template <class S>
+struct Header {
     typename S::F scale[2] = {S::zero(), S::zero()};
     typename S::I zero[2] = {S::zero_i(), S::zero_i()};
-    for (int b = 0; b < run.num_blocks; ++b) {
-        if (b % run.blocks_per_group == 0) {
-            const auto* scales = reinterpret_cast<const uint16_t*>(data);
-            const auto multiplier = S::set1(run.multiplier);
-            for (int h = 0; h < 2; ++h) scale[h] = S::mul(S::load_f16(scales + kHalf * h), multiplier);
-            if (run.has_zero_points) {
-                const auto* zeros = reinterpret_cast<const int16_t*>(data + 64);
-                for (int h = 0; h < 2; ++h) zero[h] = S::load_i16(zeros + kHalf * h);
-            }
-            data += header_bytes(run.has_zero_points);
-        }
-        const InputBlock at = input_block(run, b);
-        typename S::I acc[kRows][2];
-        for (int t = 0; t < kRows; ++t) acc[t][0] = acc[t][1] = S::zero_i();
-        add_products<S, kBits, kRows>(data, run.block, x.hi + row * x.stride + at.channel, x.stride, acc);
-        if (x.lo != nullptr) {
-            for (int t = 0; t < kRows; ++t) {
-                for (int h = 0; h < 2; ++h) acc[t][h] = S::template shift_left<8>(acc[t][h]);
-            }
-            add_products<S, kBits, kRows>(data, run.block, x.lo + row * x.stride + at.channel, x.stride, acc);
-        }
-        data += code_bytes(kBits, run.block);
+
+    void read(const BlockRun& run, const uint8_t* data) {
+        const auto* scales = reinterpret_cast<const uint16_t*>(data);
+        const auto multiplier = S::set1(run.multiplier);
+        for (int h = 0; h < 2; ++h) scale[h] = S::mul(S::load_f16(scales + kHalf * h), multiplier);
+        if (!run.has_zero_points) return;
+        const auto* zeros = reinterpret_cast<const int16_t*>(data + 64);
+        for (int h = 0; h < 2; ++h) zero[h] = S::load_i16(zeros + kHalf * h);
+    }
+};
+
+// One block: exact integer sums, then one fma per row and half. Wide: rows of 16-bit codes, one byte after the other.
+template <class S, int kBits, int kRows, bool kIsWide, bool kHasZeros>
+QERVE_INLINE void add_block(const BlockRun& run, const uint8_t* codes, const Header<S>& header, const InputBlock& at, int64_t row,
+                      typename S::F (&total)[kRows][2]) {
+    const Codes& x = run.input;
+    const int64_t from = row * x.stride + at.channel;
+    int32_t sums[kRows];
+    QERVE_UNROLL_ROWS
+    for (int t = 0; t < kRows; ++t) sums[t] = block_sum(run, row + t, at);
+    typename S::I acc[kRows][2];
+    QERVE_UNROLL_ROWS
+    for (int t = 0; t < kRows; ++t) {
+        // the zero point costs nothing where it is the same for all
+        acc[t][0] = acc[t][1] = kIsWide || kHasZeros ? S::zero_i() : S::set1_i(-run.zero * sums[t]);
+    }
+    add_products<S, kBits, kRows>(codes, run.block, x.hi + from, x.stride, acc);
+    if constexpr (kIsWide) {
+        QERVE_UNROLL_ROWS
         for (int t = 0; t < kRows; ++t) {
-            const int32_t sum = block_sum(run, row + t, at);
-            const auto input_scale = S::set1(x.scale[(row + t) * x.num_blocks + at.index]);
-            for (int h = 0; h < 2; ++h) {
-                const auto shift = run.has_zero_points ? S::mul_i(zero[h], S::set1_i(sum)) : S::set1_i(run.zero * sum);
-                const auto product = S::to_float(S::sub_i(acc[t][h], shift));
-                total[t][h] = S::fma(product, S::mul(scale[h], input_scale), total[t][h]);
-            }
+            for (int h = 0; h < 2; ++h) acc[t][h] = S::template shift_left<8>(acc[t][h]);
         }
+        add_products<S, kBits, kRows>(codes, run.block, x.lo + from, x.stride, acc);
+    }
+    const float* input_scales = x.scale + x.at(row, at.index);
+    QERVE_UNROLL_ROWS
+    for (int t = 0; t < kRows; ++t) {
+        const auto input_scale = S::set1(input_scales[t]);
+        for (int h = 0; h < 2; ++h) {
+            typename S::I sum = acc[t][h];
+            if constexpr (kHasZeros) sum = S::sub_i(sum, S::mul_i(header.zero[h], S::set1_i(sums[t])));
+            else if constexpr (kIsWide) sum = S::sub_i(sum, S::set1_i(run.zero * sums[t]));
+            total[t][h] = S::fma(S::to_float(sum), S::mul(header.scale[h], input_scale), total[t][h]);
+        }
+    }
+}
+
+template <class S, int kBits, int kRows, bool kIsWide, bool kHasZeros>
+inline void add_blocks(const BlockRun& run, int64_t row, typename S::F (&total)[kRows][2]) {
+    const uint8_t* data = run.data;
+    Header<S> header;
+    for (int b = 0, left = 0; b < run.num_blocks; ++b, --left) {
+        if (left == 0) {
+            header.read(run, data);
+            data += header_bytes(kHasZeros);
+            left = run.blocks_per_group;
+        }
+        // The processor's own prefetcher stops at pages and starts late: strips are short.
+        const uint8_t* following = data + code_bytes(kBits, run.block) + header_bytes(kHasZeros);
+        for (int64_t line = 0; line < code_bytes(kBits, run.block); line += 64) __builtin_prefetch(following + line);
+        add_block<S, kBits, kRows, kIsWide, kHasZeros>(run, data, header, input_block(run, b), row, total);
+        data += code_bytes(kBits, run.block);
+    }
+}
+
+// Rows of 16-bit codes and grids with zero points are multiplied four rows at a time, not in tiles of every size: the
+// same sums, for a fraction of the code.
+template <class S, int kBits, int kRows>
+inline void add_run(const BlockRun& run, int64_t row, typename S::F (&total)[kRows][2]) {
+    const bool is_wide = run.input.lo != nullptr;
+    if (!is_wide && !run.has_zero_points) return add_blocks<S, kBits, kRows, false, false>(run, row, total);
+    if constexpr (kRows > 4) {
+        add_run<S, kBits, 4>(run, row, reinterpret_cast<typename S::F(&)[4][2]>(total));
+        add_run<S, kBits, kRows - 4>(run, row + 4, reinterpret_cast<typename S::F(&)[kRows - 4][2]>(total[4]));
+    } else if (run.has_zero_points) {
+        if (is_wide) add_blocks<S, kBits, kRows, true, true>(run, row, total);
+        else add_blocks<S, kBits, kRows, false, true>(run, row, total);
+    } else {
+        add_blocks<S, kBits, kRows, true, false>(run, row, total);
     }
 }
 
@@ -167,6 +243,7 @@ inline void finish(const LinearTask& task, int strip, int half, int64_t row, typ
 template <class S, int kRows>
 inline void multiply_rows(const LinearTask& task, int strip, int64_t row) {
     typename S::F total[kRows][2];
+    QERVE_UNROLL_ROWS
     for (int t = 0; t < kRows; ++t) total[t][0] = total[t][1] = S::zero();
     const BlockRun main = main_run(task, strip);
     switch (task.matrix->storage_bits) {
@@ -178,26 +255,34 @@ inline void multiply_rows(const LinearTask& task, int strip, int64_t row) {
         wait_for(task.progress);
         add_run<S, 8, kRows>(rank_run(task, strip), row, total);
     }
+    QERVE_UNROLL_ROWS
     for (int t = 0; t < kRows; ++t) {
         for (int h = 0; h < 2; ++h) finish<S>(task, strip, h, row + t, total[t][h]);
     }
 }
 
-// Rows of a tile: two sums each stay in registers.
+// Rows of a tile: with two sums each they stay in registers next to the weights.
 template <class S>
-constexpr int kMaxRows = S::kAccumulators / 2;
+constexpr int kMaxRows = S::kAccumulators >= 24 ? 8 : 2;
 
 // Rows row_begin..row_end with one strip.
 template <class S>
 inline void multiply_strip(const LinearTask& task, int strip, int row_begin, int row_end) {
     for (int row = row_begin; row < row_end;) {
         const int left = row_end - row;
-        if (kMaxRows<S> >= 12 && left >= 12) { multiply_rows<S, kMaxRows<S> >= 12 ? 12 : 1>(task, strip, row); row += 12; }
-        else if (kMaxRows<S> >= 8 && left >= 8) { multiply_rows<S, kMaxRows<S> >= 8 ? 8 : 1>(task, strip, row); row += 8; }
-        else if (kMaxRows<S> >= 6 && left >= 6) { multiply_rows<S, kMaxRows<S> >= 6 ? 6 : 1>(task, strip, row); row += 6; }
-        else if (kMaxRows<S> >= 4 && left >= 4) { multiply_rows<S, kMaxRows<S> >= 4 ? 4 : 1>(task, strip, row); row += 4; }
-        else if (left >= 2) { multiply_rows<S, 2>(task, strip, row); row += 2; }
-        else { multiply_rows<S, 1>(task, strip, row); row += 1; }
+        if (kMaxRows<S> >= 8 && left >= 8) {
+            multiply_rows<S, kMaxRows<S> >= 8 ? 8 : 1>(task, strip, row);
+            row += 8;
+        } else if (kMaxRows<S> >= 4 && left >= 4) {
+            multiply_rows<S, kMaxRows<S> >= 4 ? 4 : 1>(task, strip, row);
+            row += 4;
+        } else if (left >= 2) {
+            multiply_rows<S, 2>(task, strip, row);
+            row += 2;
+        } else {
+            multiply_rows<S, 1>(task, strip, row);
+            row += 1;
+        }
     }
 }
 

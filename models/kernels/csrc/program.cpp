@@ -26,15 +26,16 @@ public:
           stride_(aligned(channels) + 64) {}
 
     int64_t num_bytes() const {
-        return aligned(num_rows_ * stride_) * (is_wide_ ? 2 : 1) + 2 * aligned(num_rows_ * num_blocks_ * 4);
+        return aligned(num_rows_ * stride_) * (is_wide_ ? 2 : 1) + 2 * aligned(row_stride() * num_blocks_ * 4);
     }
 
     Codes at(uint8_t* memory) const {
         Codes codes;
         codes.stride = stride_;
         codes.block = block_;
+        codes.row_stride = row_stride();
         codes.num_blocks = num_blocks_;
-        const int64_t bytes = aligned(num_rows_ * stride_), of_numbers = aligned(num_rows_ * num_blocks_ * 4);
+        const int64_t bytes = aligned(num_rows_ * stride_), of_numbers = aligned(row_stride() * num_blocks_ * 4);
         codes.hi = reinterpret_cast<int8_t*>(memory);
         if (is_wide_) codes.lo = reinterpret_cast<int8_t*>(memory + bytes);
         memory += is_wide_ ? 2 * bytes : bytes;
@@ -44,6 +45,8 @@ public:
     }
 
 private:
+    int64_t row_stride() const { return (num_rows_ + kLanes - 1) / kLanes * kLanes; }
+
     int64_t num_rows_;
     int32_t block_, num_blocks_;
     bool is_wide_;
