@@ -138,20 +138,21 @@ struct Layer {
         return y;
     }
 
-    double expected(const float* x, int row) const {
+    std::vector<double> expected(const float* x) const {
         const std::vector<double> codes = rounded(x, shape.in_features, block, shape.is_wide);
-        double sum = (shape.is_added ? 1.0 : 0.0) + (shape.has_bias ? 0.5 : 0.0);
-        for (int c = 0; c < shape.in_features; ++c) sum += codes[static_cast<size_t>(c)] * weight.value(row, c);
-        for (int i = 0; i < shape.rank; ++i) {
-            double reduced = 0;
-            if (shape.has_down) {
-                for (int c = 0; c < shape.in_features; ++c) reduced += codes[static_cast<size_t>(c)] * down.value(i, c);
-            } else {
-                reduced = codes[static_cast<size_t>(i)];
-            }
-            sum += reduced * weight.up_value(row, i);
+        std::vector<double> reduced(codes.begin(), codes.begin() + std::min(shape.rank, shape.in_features));
+        for (int i = 0; shape.has_down && i < shape.rank; ++i) {
+            reduced[static_cast<size_t>(i)] = 0;
+            for (int c = 0; c < shape.in_features; ++c) reduced[static_cast<size_t>(i)] += codes[static_cast<size_t>(c)] * down.value(i, c);
         }
-        return sum;
+        std::vector<double> outputs;
+        for (int row = 0; row < shape.out_features; ++row) {
+            double sum = (shape.is_added ? 1.0 : 0.0) + (shape.has_bias ? 0.5 : 0.0);
+            for (int c = 0; c < shape.in_features; ++c) sum += codes[static_cast<size_t>(c)] * weight.value(row, c);
+            for (int i = 0; i < shape.rank; ++i) sum += reduced[static_cast<size_t>(i)] * weight.up_value(row, i);
+            outputs.push_back(sum);
+        }
+        return outputs;
     }
 
     Shape shape;
@@ -167,7 +168,7 @@ std::vector<Shape> shapes() {
     const auto pick = [&](std::initializer_list<int> from) {
         return *(from.begin() + std::uniform_int_distribution<size_t>(0, from.size() - 1)(random));
     };
-    for (int i = 0; i < 40; ++i) {
+    for (int i = 0; i < 24; ++i) {
         Shape s{};
         s.in_features = pick({64, 96, 192, 384});
         s.group_size = pick({32, 64, 96, 192, 0});
@@ -213,10 +214,10 @@ QERVE_TEST(linear_layers_equal_a_double_loop_on_every_instruction_set) {
             const std::vector<float> y = layer.run(of.context, x, rows);
             double error = 0, size = 0;
             for (int t : {0, 5, 36}) {
-                for (int row = 0; row < shape.out_features; ++row) {
-                    const double wanted = layer.expected(x.data() + int64_t{t} * shape.in_features, row);
-                    size = std::max(size, std::fabs(wanted));
-                    error = std::max(error, std::fabs(wanted - y[static_cast<size_t>(t) * shape.out_features + row]));
+                const std::vector<double> wanted = layer.expected(x.data() + int64_t{t} * shape.in_features);
+                for (size_t i = 0; i < wanted.size(); ++i) {
+                    size = std::max(size, std::fabs(wanted[i]));
+                    error = std::max(error, std::fabs(wanted[i] - y[static_cast<size_t>(t) * wanted.size() + i]));
                 }
             }
             // float32 sums of a few hundred terms; a code that rounds the other way would be 1e-3 of a step
@@ -230,13 +231,13 @@ QERVE_TEST(linear_layers_do_not_depend_on_instruction_set_threads_or_batch) {
     std::mt19937 random(2);
     for (const Shape& shape : shapes()) {
         Layer layer(reference.context, random, shape);
-        const int most = 70;
+        const int most = 49;
         const std::vector<float> x = random_rows(random, most, shape.in_features);
         const std::vector<float> wanted = layer.run(reference.context, x, most);
         for (const Isa isa : qerve_test::runnable_isas()) {
             for (const int threads : {1, 3}) {
                 ContextOf of(isa_name(isa), threads);
-                for (const int rows : {1, 2, 7, 16, 33, 70}) {
+                for (const int rows : {1, 7, 49}) {
                     const std::vector<float> y = layer.run(of.context, x, rows);
                     if (std::memcmp(y.data(), wanted.data(), y.size() * sizeof(float)) != 0) {
                         qerve_test::report_failure(__FILE__, __LINE__, describe(shape, isa_name(isa), rows));
