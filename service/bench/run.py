@@ -24,7 +24,6 @@ from .options import BATCH_SIZES, STREAMS, BenchOptions
 from .subject import Subject
 
 Progress = Callable[[int, int], None]
-_OPERATOR_CONTEXT_SHARE = 2
 _DECODE_ITERATIONS = 16
 
 
@@ -38,6 +37,7 @@ class Bench:
         self._operators: list[OperatorBench] = []
         self._llama: LlamaBench | None = None
         self._stack = ExitStack()
+        self._read = torch.empty(0, dtype=torch.uint8)
 
     def run(self, progress: Progress = lambda done, total: None) -> Report:
         """Measure in rounds; what cannot be measured is reported as missing."""
@@ -66,8 +66,8 @@ class Bench:
         if meter is None or not isinstance(network, NativeLlama):
             self._missing["peaks"] = self._subject.unmeasured or ""
             return
-        self._buffer = read_buffer(sum(matrix.nbytes for matrix in matrices_of(network.weights)))
-        yield from peak_probes(meter, self._buffer)
+        self._read = read_buffer(sum(matrix.nbytes for matrix in matrices_of(network.weights)))
+        yield from peak_probes(meter, self._read)
 
     def _speeds(self) -> Iterator[Probe]:
         """Engine at full rank, at rank 0 and llama.cpp one after the other, workload by workload."""
@@ -108,7 +108,7 @@ class Bench:
                 self._missing["kernels"] = self._subject.unmeasured or ""
             return
         for phase in self._phases():
-            bench = OperatorBench(network, phase, self._buffer)
+            bench = OperatorBench(network, phase, self._read)
             self._operators.append(bench)
             yield from bench.probes()
 
@@ -151,7 +151,7 @@ class Bench:
 
     def _phases(self) -> list[Phase]:
         work = self._options.workload
-        context = work.prompt_len + max(1, work.num_steps // _OPERATOR_CONTEXT_SHARE)
+        context = work.prompt_len + max(1, work.num_steps // 2)
         decoding = [Phase(work.decode(size), size, 1, context, _DECODE_ITERATIONS) for size in (1, BATCH_SIZES[0])]
         return [*decoding, Phase(work.prefill, 1, work.prefill_len, work.prefill_len, 2)]
 
