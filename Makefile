@@ -78,9 +78,10 @@ test: $(VENV)/.installed-dev native ## run the tests, without those marked slow
 test-all: $(VENV)/.installed-dev native model ## run every test, with the real model
 	@$(PYTEST) $(ARGS)
 
-bench: $(VENV)/.installed-dev native model ## time the heavy numerics; run it with nothing else running
+bench: $(VENV)/.installed-dev native model ## time numerics, kernels, engine and server; run it with nothing else running
 	@$(BIN)/python -m tools.bench_qera --checkpoint .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
 	@$(BIN)/python -m tools.bench_qera --shape 4096x11008
+	@$(BIN)/python -m tools.bench_artifact
 
 quality: $(VENV)/.installed-dev ## lint, formatting and types, as CI checks them
 	@$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The front door: ``qerve serve``, and the offline verbs of ``models.cli``."""
+"""The front door: ``qerve serve`` and ``qerve bench``, and the offline verbs of ``models.cli``."""
 
 import logging
 from pathlib import Path
@@ -9,10 +9,14 @@ import typer
 from models.cli import make_cli, run_cli
 from models.errors import QerveError
 
+from .cli_bench import EXAMPLE as BENCH_EXAMPLE
+from .cli_bench import bench
+
 
 def main() -> None:
     """Run the ``qerve`` command."""
     cli = make_cli()
+    cli.command("bench", epilog=f"Example: {BENCH_EXAMPLE}")(bench)
     cli.command("serve", epilog="Example: qerve serve artifacts/smollm2-w4 --port 8000")(serve)
     run_cli(cli)
 

@@ -21,7 +21,7 @@ COMMAND_LINE = (
 )  # fmt: skip
 ABOVE_ARTIFACT = (
     "models.calibration", "models.evaluate", "models.build", "models.compare", "models.report", "models.export",
-    *COMMAND_LINE,
+    "models.bench", *COMMAND_LINE,
 )  # fmt: skip
 
 
@@ -174,6 +174,14 @@ RULES: dict[str, Rule] = {
         "models/report/*", "torch", "models.build", "models.compare", "models.evaluate", "models.calibration",
         "models.llama", "models.kernels", "models.layers", *COMMAND_LINE,
     ),
+    "benches measure what is loaded": forbid(
+        "models/bench/*", "models.calibration", "models.evaluate", "models.build", "models.compare", "models.report",
+        *COMMAND_LINE,
+    ),
+    "llama.cpp stays in its worker": forbid("*", "llama_cpp", unless="models/bench/llama_worker.py"),
+    "the worker of llama.cpp runs without this package": forbid(
+        "models/bench/llama_worker.py", "models", "service", "torch", "numpy", "psutil"
+    ),
     "plotly stays in the report": forbid("*", "plotly", unless="models/report/*.py"),
     "the harness stays in its adapter": forbid("*", "lm_eval", unless="models/*[_]eval*.py"),
     "request holds no tensors": forbid("service/engine/request.py", "torch"),
@@ -221,6 +229,9 @@ OFFENDERS = [
     ("the pipeline knows nothing of comparisons", "models/build/pipeline.py", "from ..compare.run import compare"),
     ("comparisons know nothing of the command line", "models/compare/run.py", "from ..cli_output import RichObserver"),
     ("reports compute nothing", "models/report/figures.py", "import torch"),
+    ("benches measure what is loaded", "models/bench/peaks.py", "from ..cli_output import progress_bar"),
+    ("llama.cpp stays in its worker", "models/bench/llama.py", "import llama_cpp"),
+    ("the worker of llama.cpp runs without this package", "models/bench/llama_worker.py", "from .probe import Probe"),
     ("plotly stays in the report", "models/compare/output.py", "import plotly.graph_objects as go"),
     ("the harness stays in its adapter", "models/evaluate/tasks.py", "import lm_eval"),
     ("request holds no tensors", "service/engine/request.py", "import torch"),

@@ -52,6 +52,11 @@ class RunOptions:
         """Bits for the native backend."""
         return 16 if self.activations == "16" else 8
 
+    @property
+    def native_cache_dtype(self) -> torch.dtype:
+        """Of the native kernels' key-value cache: float16 or int8."""
+        return _CACHE_DTYPES[self.kv_cache_dtype]
+
 
 @dataclass(frozen=True, slots=True)
 class Execution:
@@ -83,7 +88,7 @@ def run_natively(
     """
     native = describe_backends(backends)
     try:
-        return fuse(model, embedding, _CACHE_DTYPES[options.kv_cache_dtype]), Execution(native, None)
+        return fuse(model, embedding, options.native_cache_dtype), Execution(native, None)
     except Unfused as reason:
         unfused = str(reason)
     if options.kv_cache_dtype == "int8":

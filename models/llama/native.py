@@ -70,7 +70,7 @@ class NativeLlama:
         self._lock = threading.Lock()
         self._head = LinearCall(runtime, weights.head.weight, weights.head.inputs, weights.head.norm)
         self._buffers = _Buffers.of(weights.config, 1)
-        self._rotary = _rotary_tables(weights.config, min(_FIRST_POSITIONS, weights.config.max_position_embeddings))
+        self._rotary = rotary_tables(weights.config, min(_FIRST_POSITIONS, weights.config.max_position_embeddings))
         self._programs: weakref.WeakKeyDictionary[NativeKVCache, Program] = weakref.WeakKeyDictionary()
         self._own_cache = self._layer_cache(1)
 
@@ -123,7 +123,7 @@ class NativeLlama:
     def _reserve_positions(self, num_positions: int) -> None:
         have = len(self._rotary.cosines)
         if have < num_positions:
-            self._rotary = _rotary_tables(self.config, max(num_positions, 2 * have))
+            self._rotary = rotary_tables(self.config, max(num_positions, 2 * have))
             self._programs.clear()
 
     def _bound(self, cache: NativeKVCache, num_rows: int) -> tuple[Program, "_Buffers"]:
@@ -208,7 +208,8 @@ def _add_onto(program: Program, group: LinearGroup, x: Tensor, residual: Tensor)
     program.linear(group.matrices, group.inputs, x, residual, mode=OutputMode.ADD)
 
 
-def _rotary_tables(config: LlamaConfig, num_positions: int) -> RotaryTables:
+def rotary_tables(config: LlamaConfig, num_positions: int) -> RotaryTables:
+    """Cosines and sines of positions 0 to ``num_positions`` for the network of ``config``."""
     positions = torch.arange(num_positions)
     rotary = RotaryEmbedding(config)(Batch(positions, positions, ()), torch.float32)
     return RotaryTables(rotary.cos[:, 0].contiguous(), rotary.sin[:, 0].contiguous())

@@ -7,8 +7,10 @@ import ctypes
 import os
 import threading
 import weakref
-from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_int32, c_int64, c_void_p
 from functools import lru_cache
+
+from torch import Tensor
 
 from ...errors import KernelError
 from .environment import NativeEnvironment
@@ -79,6 +81,16 @@ class Runtime:
         if status:
             raise KernelError(f"the native kernels refused a step: {_decode(text)}")
 
+    def peak_read(self, memory: Tensor, repeats: int = 1) -> float:
+        """Bytes per second at which all threads together read ``memory`` (contiguous), each its own share."""
+        with self._lock:
+            return float(self._calls.qerve_peak_read(self._context, memory.data_ptr(), memory.nbytes, repeats))
+
+    def peak_multiply_adds(self, iterations: int) -> float:
+        """8-bit multiply-adds per second of all threads, in registers, with the widest instruction of this set."""
+        with self._lock:
+            return float(self._calls.qerve_peak_int8(self._context, iterations))
+
 
 # A cache of what the environment names, not state: the same settings always give the same threads of one library.
 @lru_cache(maxsize=4)
@@ -116,6 +128,8 @@ def _declare(handle: ctypes.CDLL) -> ctypes.CDLL:
         "qerve_pack_plan": ((POINTER(Source), POINTER(Matrix), c_char_p, c_int32), c_int64),
         "qerve_pack": ((c_void_p, POINTER(Source), POINTER(Matrix)), None),
         "qerve_run": ((c_void_p, POINTER(Op), c_int32, POINTER(Step), c_char_p, c_int32), c_int32),
+        "qerve_peak_read": ((c_void_p, c_void_p, c_int64, c_int32), c_double),
+        "qerve_peak_int8": ((c_void_p, c_int64), c_double),
     }
     for name, (arguments, result) in signatures.items():
         function = getattr(handle, name)

@@ -1,0 +1,1 @@
+"""What ``qerve bench`` measures of the engine and of the HTTP server."""
