@@ -160,9 +160,10 @@ def test_a_tied_head_of_eight_bits_is_the_embedding_on_disk_and_in_memory(tmp_pa
 def test_backends_of_the_head_agree_in_bfloat16(tmp_path: Path) -> None:
     for head_bits in (8, 4):
         write_quantized(tmp_path / str(head_bits), VocabularyScheme(head_bits, 8), is_tied=False)
-        loaded = load_artifact(tmp_path / str(head_bits), dtype=torch.bfloat16)
         wanted = logits_of(load_artifact(tmp_path / str(head_bits), dtype=torch.float32, backend="reference").model)
-        assert (logits_of(loaded.model) - wanted).abs().max() < 16 * 2**-8 * wanted.abs().max()
+        for backend in ("auto", "reference"):
+            loaded = load_artifact(tmp_path / str(head_bits), dtype=torch.bfloat16, backend=backend)
+            assert (logits_of(loaded.model) - wanted).abs().max() < 16 * 2**-8 * wanted.abs().max()
         assert loaded.model.dtype == torch.bfloat16
 
 
