@@ -55,12 +55,7 @@ def bench(
     from .bench.run import Bench
     from .bench.subject import artifact_subject, random_subject
 
-    if (artifact is None) == (random is None):
-        raise QerveError("what is to be measured? Give the directory of an artifact, or --random SHAPE")
-    if (against is None) != (gguf is None):
-        raise QerveError("--against llama.cpp and --gguf FILE belong together")
-    if gguf is not None and not gguf.is_file():
-        raise QerveError(f"{gguf}: there is no such file")
+    _check_subjects(artifact, random, against, gguf)
     llama = None if gguf is None else LlamaOptions(gguf, llama_python, not llama_no_repack)
     workload = Workload(prompt_tokens, decode_steps, prefill_tokens)
     options = BenchOptions(parse_sections(only), repeats, threads, workload, llama)
@@ -76,3 +71,13 @@ def bench(
     if not as_json:
         print_report(report)
     print_json(report.to_dict())
+
+
+def _check_subjects(artifact: Path | None, random: str | None, against: str | None, gguf: Path | None) -> None:
+    """Raise QerveError unless it is clear what is to be measured, and beside what."""
+    if (artifact is None) == (random is None):
+        raise QerveError("what is to be measured? Give the directory of an artifact, or --random SHAPE")
+    if (against is None) != (gguf is None):
+        raise QerveError("--against llama.cpp and --gguf FILE belong together")
+    if gguf is not None and not gguf.is_file():
+        raise QerveError(f"{gguf}: there is no such file")
