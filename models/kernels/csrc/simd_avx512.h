@@ -85,7 +85,12 @@ struct SimdAvx512 {
     static I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }
     template <int n> static I shift_left(I a) { return _mm512_slli_epi32(a, n); }
     template <int n> static I shift_right(I a) { return _mm512_srai_epi32(a, n); }
-    static int32_t reduce_add_i(I a) { return _mm512_reduce_add_epi32(a); }
+    static int32_t reduce_add_i(I a) {
+        const __m256i h = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+        __m128i q = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+        q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4e));
+        return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xb1)));
+    }
     static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
     static I round(F a) { return _mm512_cvtps_epi32(a); }
     static F as_float(I a) { return _mm512_castsi512_ps(a); }
