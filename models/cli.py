@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -78,10 +78,11 @@ def build(
 ) -> None:
     """Quantize a checkpoint into an artifact."""
     from .build import build_artifact
+    from .build.recipe import training_method
     from .llama.checkpoint import open_checkpoint
-    from .memory import map_large_blocks
+    from .memory import keep_large_blocks, map_large_blocks
 
-    map_large_blocks()
+    (map_large_blocks if training_method(settings) is None else keep_large_blocks)()
     with RichObserver() as observer:
         report = build_artifact(
             open_checkpoint(checkpoint, revision), out, settings, device=device, overwrite=overwrite, observer=observer
@@ -93,12 +94,19 @@ def build(
 
 def inspect(
     artifact: Annotated[Path, typer.Argument(help="Artifact directory.")],
+    *,
     layers: Annotated[bool, typer.Option(help="Also one row per linear layer.")] = False,
     device: Device = "cpu",
     verify: Annotated[bool, typer.Option(help="Check every byte against its hash.")] = True,
+    backend: Annotated[str, typer.Option(help="Kernel backend: auto, native, reference, ...")] = "auto",
+    activations: Annotated[
+        Literal["auto", "8", "16"], typer.Option(help="Native kernels round inputs to as many bits; auto: 8.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Show what is in an artifact, and which kernel backend would run each layer here."""
+    from .artifact.execution import RunOptions
     from .artifact.inspect import inspect_artifact
 
-    print_inspection(inspect_artifact(artifact, device=device, is_verified=verify), layers=layers, as_json=as_json)
+    options = RunOptions(backend, activations)
+    print_inspection(inspect_artifact(artifact, device, verify, options), layers=layers, as_json=as_json)

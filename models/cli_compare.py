@@ -36,10 +36,11 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Build and evaluate many recipes from one checkpoint, and report them side by side."""
+    from .build.recipe import training_method
     from .compare.config import CompareConfig
     from .compare.output import to_dict, write_outputs
     from .compare.run import compare as run_comparison
-    from .memory import map_large_blocks
+    from .memory import keep_large_blocks, map_large_blocks
     from .report.page import missing_for_page
 
     settings = CompareConfig.read(config)
@@ -51,7 +52,8 @@ def compare(
         raise QerveError(f"{config}: where do the results go? Give --out DIRECTORY, or output in the file")
     if problem := missing_for_page():
         sys.stderr.write(f"note: {problem}; tables and JSON are written without it, and a later run adds the page\n")
-    map_large_blocks()
+    trains = any(training_method(recipe.build) is not None for recipe in settings.expanded())
+    (keep_large_blocks if trains else map_large_blocks)()
     observer = CompareBars()
     header = _header(device)
     try:

@@ -58,10 +58,15 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N.")] = "cpu",
     dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Activation type.")] = "auto",
     backend: Annotated[str, typer.Option(help="Kernel backend: auto, reference, ...")] = "auto",
+    activations: Annotated[
+        Literal["auto", "8", "16"], typer.Option(help="Native kernels round inputs to as many bits; auto: 8.")
+    ] = "auto",
+    kv_cache_dtype: Annotated[Literal["auto", "fp16", "int8"], typer.Option(help="Keys and values.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity on texts, and accuracy on tasks."""
+    from .artifact.execution import RunOptions
     from .evaluate.load import load_for_evaluation, parse_device
     from .evaluate.texts import TextSettings
 
@@ -70,7 +75,7 @@ def evaluate(
     parse_device(device)
     _check_request(text, dataset, task, word_level, out)
     corpora, tasks = _read(text or (), convention, dataset or (), task or (), max_rows)
-    loaded = load_for_evaluation(model, device, dtype, backend)
+    loaded = load_for_evaluation(model, device, dtype, RunOptions(backend, activations, kv_cache_dtype))
     texts = [_score_text(loaded, corpus, settings) for corpus in corpora]
     results = [_score_task(loaded, item, max_batch_tokens, max_length) for item in tasks]
     values = _to_dict(model, str(loaded.model.dtype).removeprefix("torch."), texts, results)

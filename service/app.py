@@ -12,13 +12,12 @@ from pydantic.json_schema import models_json_schema
 
 from models.artifact.format import qerve_version
 from models.artifact.load import LoadedModel
-from models.llama.kv_cache import PagedKVCache
 
 from .api import chat, completions, perplexity, system
 from .api.schemas import ChatBody, CompletionBody, PerplexityBody
 from .deps import Context
 from .engine.async_engine import AsyncEngine
-from .engine.block_manager import BLOCK_SIZE, BlockManager
+from .engine.block_manager import BlockManager
 from .engine.capacity import CacheLimits, CachePlan, plan_cache, step_tokens
 from .engine.engine import Engine
 from .engine.runner import Runner
@@ -46,8 +45,10 @@ def create_app(loaded: LoadedModel, settings: Settings) -> FastAPI:
     started = time.perf_counter()
     model = loaded.model
     limits = CacheLimits(settings.max_num_seqs, settings.max_model_len, settings.kv_cache_memory)
-    plan = plan_cache(model.config, model.dtype, model.device.type, available_bytes(model.device), limits)
-    info = ModelInfo(_model_name(settings), plan.max_model_len, loaded.manifest, loaded.selections)
+    plan = plan_cache(model.config, model.cache_block_bytes, model.device.type, available_bytes(model.device), limits)
+    info = ModelInfo(
+        _model_name(settings), plan.max_model_len, loaded.manifest, loaded.selections, loaded.execution.rows()
+    )
     metrics = Metrics(info.name, plan.max_model_len)
     engine = _engine(loaded, settings, plan, metrics)
 
@@ -80,7 +81,7 @@ def _model_name(settings: Settings) -> str:
 
 def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: Metrics) -> AsyncEngine:
     model = loaded.model
-    kv_cache = PagedKVCache(model.config, plan.num_blocks, BLOCK_SIZE, model.dtype, model.device)
+    kv_cache = model.new_cache(plan.num_blocks)
     blocks = BlockManager(plan.num_blocks)
     budget = step_tokens(model.device.type, settings.max_num_seqs, settings.max_num_batched_tokens)
     scheduler = Scheduler(blocks, settings.max_num_seqs, budget)

@@ -29,6 +29,12 @@ def serve(  # noqa: PLR0917 typer makes an option of each
         str | None, typer.Option(help="Activations: auto, float32, bfloat16, float16. [default: auto]")
     ] = None,
     backend: Annotated[str | None, typer.Option(help="Kernel backend: auto, reference, ... [default: auto]")] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="Native kernels round inputs to bits: auto, 8, 16. [default: auto, which is 8]")
+    ] = None,
+    kv_cache_dtype: Annotated[
+        str | None, typer.Option(help="Keys and values: auto, fp16, int8. [default: auto]")
+    ] = None,
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens of prompt and output together. [default: the model's context]")
     ] = None,
@@ -62,13 +68,15 @@ def _serve(options: dict[str, Any]) -> None:
     if not settings.artifact.is_dir():
         raise QerveError(f"{settings.artifact}: there is no such directory; make an artifact with `qerve build`")
     with bind(settings.host, settings.port) as listener:
+        from models.artifact.execution import RunOptions
         from models.artifact.load import load_artifact
         from models.memory import return_freed_memory
 
         from .app import create_app
         from .server import DrainingServer
 
-        loaded = load_artifact(settings.artifact, settings.torch_device, settings.torch_dtype, settings.backend)
+        choices = RunOptions(settings.backend, settings.activations, settings.kv_cache_dtype)
+        loaded = load_artifact(settings.artifact, settings.torch_device, settings.torch_dtype, options=choices)
         app = create_app(loaded, settings)
         return_freed_memory()
         message = f"Serving {app.state.context.info.name} on {url_of(listener)} (Ctrl-C stops it)"

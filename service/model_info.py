@@ -19,12 +19,13 @@ from models.kernels.base import Selection
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A served model: its name, its manifest and the backends that run its layers."""
+    """A served model: its name, its manifest, the backends that run its layers, and how they run it in words."""
 
     name: str
     max_model_len: int
     manifest: Manifest
     selections: Mapping[str, Selection]
+    execution: Mapping[str, str] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -86,6 +87,7 @@ class ModelInfo:
             },
             "backends": self.backends,
             "passed_over": self._passed_over(),
+            "execution": dict(self.execution),
         }
 
     def _passed_over(self) -> list[dict[str, Any]]:

@@ -34,6 +34,8 @@ class Settings(BaseSettings):
     """Everything an operator decides.
 
     model_name:       name that clients ask for; None: the artifact directory's name
+    activations:      bits to which the native kernels round inputs that the artifact leaves unquantized; auto: 8
+    kv_cache_dtype:   of the key-value cache; auto: fp16 on the native kernels, else the type of the activations
     max_model_len:    tokens of prompt and output together; None: the model's context
     max_num_seqs:     sequences generated at the same time
     max_num_batched_tokens: tokens of one step: a token of every sequence that decodes, then prompts in chunks, so that
@@ -56,6 +58,8 @@ class Settings(BaseSettings):
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     backend: str = "auto"
+    activations: Literal["auto", "8", "16"] = "auto"
+    kv_cache_dtype: Literal["auto", "fp16", "int8"] = "auto"
     max_model_len: int | None = Field(default=None, ge=2, le=1 << 24)
     max_num_seqs: int = Field(default=8, ge=1, le=1024)
     max_num_batched_tokens: int | None = Field(default=None, ge=1, le=1 << 20)

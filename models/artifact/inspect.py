@@ -9,8 +9,11 @@ import torch
 from ..device import default_dtype
 from ..kernels import get_backends
 from ..kernels.base import LinearSpec, Selection, select_backend
+from ..kernels.native.backend import NativeBackend
+from ..llama.fuse import obstacle_of
 from ..scheme import EMBEDDING, HEAD
 from .describe import describe_build, describe_scheme, describe_vocabulary, vocabulary_rows
+from .execution import Execution, RunOptions, describe_backends
 from .format import Manifest
 from .reader import ArtifactReader
 from .record import LinearRecord
@@ -23,18 +26,25 @@ class Inspection:
     """An artifact's manifest, and per linear layer the backend that would run it on this machine.
 
     selections: of the decoder layers' linear layers and, where it is quantized, of the head
+    execution:  how the network would run, as far as can be told without loading it
     """
 
     path: Path
     manifest: Manifest
     selections: dict[str, Selection]
     dtype: torch.dtype
+    execution: Execution
 
     def to_dict(self) -> dict[str, object]:
         """The manifest without its list of tensors and files, embedding, head and backends, as plain values."""
         values = self.manifest.model_dump(mode="json", exclude={"tensors", "files"})
         values |= {name: asdict(part) for name, part in describe_vocabulary(self.manifest).items()}
-        return values | {"path": str(self.path), "backends": self.num_layers_by_backend, "passed_over": self.reasons}
+        return values | {
+            "path": str(self.path),
+            "backends": self.num_layers_by_backend,
+            "passed_over": self.reasons,
+            "execution": self.execution.rows(),
+        }
 
     @property
     def num_layers_by_backend(self) -> dict[str, int]:
@@ -58,8 +68,11 @@ class Inspection:
         rows |= {f"  {name}": f"{size / MIB:.1f} MiB" for name, size in manifest.component_bytes.items() if size}
         rows |= {f"holdout {name}": f"{value:.4g}" for name, value in manifest.evaluation.items()}
         activations = str(self.dtype).removeprefix("torch.")
+        rows |= self.execution.rows()
         for name, count in self.num_layers_by_backend.items():
             rows[f"backend {name}"] = f"{count} linear layers, {activations} activations"
+            if name == NativeBackend.name:
+                rows[f"backend {name}"] = f"{count} linear layers, integer activations"
         for reason, count in self.reasons.items():
             name, why = reason.split(": ", 1)
             rows[f"not {name}"] = f"{count} linear layers: {why}"
@@ -78,16 +91,22 @@ class Inspection:
         return [_layer_row(path, linears[path], it) for path, it in self.selections.items() if path in linears]
 
 
-def inspect_artifact(path: Path, device: str, is_verified: bool) -> Inspection:
+def inspect_artifact(path: Path, device: str, is_verified: bool, options: RunOptions | None = None) -> Inspection:
     """Validate the artifact in ``path`` and look up the backends that ``device`` would run its layers with.
+
+    Args:
+        path: the directory.
+        device: ``cpu``, ``cuda``, ``cuda:N``.
+        is_verified: every byte is compared with its hash.
+        options: as for ``load_artifact``.
 
     Raises:
         ArtifactError: it is damaged, inconsistent or of another version.
     """
-    target = torch.device(device)
+    target, options = torch.device(device), options or RunOptions()
     dtype = default_dtype(target)
     with ArtifactReader.open(path, "full" if is_verified else "structure") as reader:
-        backends = get_backends("auto")
+        backends = get_backends(options.backend, options.activation_bits)
         records = {name: reader.manifest.linears[name] for name in reader.config.linear_shapes()}
         if reader.config.is_head_quantized:
             vocabulary = reader.manifest.vocabulary
@@ -95,7 +114,8 @@ def inspect_artifact(path: Path, device: str, is_verified: bool) -> Inspection:
         selections = {
             name: select_backend(_spec(record, target, dtype), backends, name) for name, record in records.items()
         }
-        return Inspection(path, reader.manifest, selections, dtype)
+        execution = Execution(describe_backends(backends), obstacle_of(reader.config, selections))
+        return Inspection(path, reader.manifest, selections, dtype, execution)
 
 
 def _spec(record: LinearRecord, device: torch.device, dtype: torch.dtype) -> LinearSpec:

@@ -15,10 +15,12 @@ from ..kernels import get_backends
 from ..kernels.base import KernelBackend, Selection
 from ..layers.linear import LowRankLinear
 from ..llama.model import LlamaForCausalLM
+from ..llama.network import Network
 from ..llama.tokenizer import Tokenizer
 from ..memory import return_freed_memory
 from ..scheme import EMBEDDING, HEAD
-from ..types import LinearWeights
+from ..types import LinearWeights, QuantizedWeight
+from .execution import Execution, RunOptions, resident_bytes, run_natively, warn_if_missing
 from .format import Manifest
 from .reader import ArtifactReader, Verify
 
@@ -30,17 +32,19 @@ class LoadedModel:
     selections:     per linear layer, a quantized head included: the backend that runs it, and why others do not
     weight_bytes:   bytes as stored, by component (``Manifest.component_bytes``)
     resident_bytes: bytes in memory, by the backend's name; ``embedding`` for a quantized one of its own,
-        ``unquantized`` for everything else
+        ``unquantized`` for everything else. Of a network that runs as one list of operators: by component
+    execution:      which kernels run it, and how
     load_seconds:   from the first file opened to the network built, verification included
     """
 
-    model: LlamaForCausalLM
+    model: Network
     tokenizer: Tokenizer
     manifest: Manifest
     selections: dict[str, Selection]
     weight_bytes: dict[str, int]
     resident_bytes: dict[str, int]
     load_seconds: float
+    execution: Execution
 
 
 class ArtifactWeights:
@@ -110,8 +114,10 @@ def load_artifact(
     path: str | Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    *,
     backend: str = "auto",
     verify: Verify = "full",
+    options: RunOptions | None = None,
 ) -> LoadedModel:
     """Load the artifact in directory ``path``.
 
@@ -121,17 +127,23 @@ def load_artifact(
         dtype: type of the activations; None: what suits the device (``default_dtype``).
         backend: ``auto``, or the name of the kernel backend to run every layer.
         verify: ``full`` compares every byte with its hash first; ``structure`` trusts the tensors' bytes.
+        options: further choices; None: ``RunOptions(backend)``.
 
     Raises:
         ArtifactError: the artifact is damaged, inconsistent or of another format version.
-        KernelError: no backend of that name, or none that can run a layer.
+        KernelError: no backend of that name, none that can run a layer, or not the cache that was asked for.
     """
     started = time.perf_counter()
     target = torch.device(device)
+    options = options or RunOptions(backend)
+    backends = get_backends(options.backend, options.activation_bits)
+    warn_if_missing(backends, target)
     with ArtifactReader.open(path, verify) as reader:
-        weights = ArtifactWeights(reader, get_backends(backend), target, dtype or default_dtype(target))
-        model = LlamaForCausalLM(reader.config, weights)
+        weights = ArtifactWeights(reader, backends, target, dtype or default_dtype(target))
+        layers = LlamaForCausalLM(reader.config, weights)
+        model, execution = run_natively(layers, _embedding(reader, layers), backends, options)
         tokenizer = _tokenizer(reader)
+    del layers
     return_freed_memory()
     return LoadedModel(
         model=model,
@@ -139,9 +151,15 @@ def load_artifact(
         manifest=reader.manifest,
         selections=weights.selections,
         weight_bytes={str(name): size for name, size in reader.manifest.component_bytes.items()},
-        resident_bytes=dict(weights.resident_bytes),
+        resident_bytes=resident_bytes(model, dict(weights.resident_bytes)),
         load_seconds=time.perf_counter() - started,
+        execution=execution,
     )
+
+
+def _embedding(reader: ArtifactReader, model: LlamaForCausalLM) -> Tensor | QuantizedWeight:
+    table = model.embed_tokens
+    return table if isinstance(table, Tensor) else reader.linear(EMBEDDING).quantized
 
 
 def _tokenizer(reader: ArtifactReader) -> Tokenizer:

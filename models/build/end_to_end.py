@@ -13,10 +13,9 @@ from ..config import BuildConfig
 from ..llama.checkpoint import Checkpoint, DenseWeights
 from ..llama.model import DecoderLayer, RMSNorm
 from ..reconstruct.loss import layer_errors
-from ..train.codes import FixedCodes
 from ..train.end_to_end import ScaleTrainer
 from ..train.linear import ActivationClip, TrainableLinear
-from ..train.weight import MergedWeight
+from ..train.weight import ScaledWeight
 from ..transform.inputs import InputTransform
 from ..types import InputStatistics, LinearWeights
 from .observer import BuildObserver
@@ -84,8 +83,7 @@ class _Phase:
         self._checkpoint = checkpoint
         self._config = config
         self._writer = writer
-        embedding = quantized_embedding(checkpoint, config, device)
-        self._start = CalibrationStreams.start(checkpoint, tokens, config.calibration, device, quantized=embedding)
+        self._tokens = tokens
         self._network = checkpoint.config.with_attention(config.attention)
         self._device = device
         self._dense = DenseWeights(checkpoint, torch.float32, device)
@@ -98,25 +96,31 @@ class _Phase:
             trainable_layer(self._network, index, LayerWeights(self._dense, linears))
             for index in range(self._network.num_hidden_layers)
         ]
-        batches = training_batches(blocks, self._start.statistics, targets)
+        start = self._start(replace(self._tokens, holdout=self._tokens.holdout[:0])).statistics
+        batches = training_batches(blocks, start, targets, self._config.calibration.batch_size)
         norm = RMSNorm(self._dense.tensor("model.norm.weight"), self._network.rms_norm_eps)
         head = self._checkpoint.tensor(self._network.head_name, narrow=True).to(self._device)
         observer.phase("training scales", self._config.training.end_to_end_epochs * len(batches))
-        trainer = ScaleTrainer(linears, norm, head, self._config.training)
+        trainer = ScaleTrainer(linears, norm, head, self._config.training, precision=product_dtype(self._config))
         generator = torch.Generator().manual_seed(self._config.calibration.seed)
         result = trainer.train(batches, generator, lambda done, _total: observer.progress(done))
         observer.progress(result.num_steps, f"divergence {result.loss_before:.4f} to {result.loss_after:.4f}")
         return {path: linear.merged().quantized.scale.cpu() for path, linear in linears.items()}
+
+    def _start(self, tokens: CalibrationTokens) -> CalibrationStreams:
+        """``tokens`` before the first layer."""
+        embedding = quantized_embedding(self._checkpoint, self._config, self._device)
+        return CalibrationStreams.start(
+            self._checkpoint, tokens, self._config.calibration, self._device, quantized=embedding
+        )
 
     def _trainable(self, weights: LinearWeights) -> TrainableLinear:
         """``weights`` with nothing to train but their scales."""
         quantized = weights.quantized
         clip = None if weights.activations is None else ActivationClip(weights.activations, is_trained=False)
         ones = torch.ones(quantized.in_features)
-        merged = MergedWeight(FixedCodes.of(quantized), quantized, use_scales=True)
-        linear = TrainableLinear(
-            merged, weights, clip, ones, precision=product_dtype(self._config), use_checkpointing=True
-        )
+        scaled = ScaledWeight(quantized, use_scales=True)
+        linear = TrainableLinear(scaled, weights, clip, ones, precision=product_dtype(self._config))
         return linear.to(self._device)
 
     def apply(self, scales: Mapping[str, Tensor]) -> None:
@@ -138,7 +142,8 @@ class _Phase:
 
     def with_new_holdout(self, streams: CalibrationStreams) -> CalibrationStreams:
         """``streams`` with the holdout through the layers as they are now."""
-        holdout, between = self._start.holdout_quantized, self._start.holdout_dense_embedding
+        start = self._start(replace(self._tokens, statistics=self._tokens.statistics[:0]))
+        holdout, between = start.holdout_quantized, start.holdout_dense_embedding
         for index, weights in enumerate(self._layers):
             modules = {path: linear_module(path, it, self._device) for path, it in weights.items()}
             layer = DecoderLayer(self._network, index, LayerWeights(self._dense, modules))

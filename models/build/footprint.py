@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,12 +10,16 @@ import torch
 from ..artifact.format import Component
 from ..artifact.layout import layer_shapes, rest_shapes
 from ..budget import Choice, stored_bits
-from ..config import BuildConfig, CalibrationConfig
+from ..config import BuildConfig
 from ..device import default_dtype
 from ..kernels import AUTO, get_backends
+from ..kernels.native.backend import NativeBackend
+from ..kernels.native.embedding import EmbeddingTable
+from ..kernels.native.pack import dense_nbytes
 from ..layers.linear import LowRankLinear
 from ..llama.checkpoint import Checkpoint
 from ..llama.config import LinearShape, LlamaConfig
+from ..llama.fuse import obstacle_of
 from ..llama.kv_cache import PagedKVCache
 from ..quant.factors import store_factors
 from ..quant.packing import packed_columns
@@ -23,7 +27,7 @@ from ..reconstruct import get_reconstructor
 from ..reconstruct.serq import Serq
 from ..scheme import EMBEDDING, HEAD
 from ..types import LinearWeights, QuantizedWeight
-from .recipe import has_target_stream, rotation_block
+from .recipe import has_target_stream, rotation_block, sequences_together
 
 _MATRIX_BYTES = 2
 _ROW_TILE = 64
@@ -94,13 +98,19 @@ def resident_bytes(
 ) -> int:
     """Weights as they are kept while serving on ``device``, by the backends that would run the layers, and the rest."""
     shapes, dtype = checkpoint.config.linear_shapes(), default_dtype(device)
-    kinds = Counter(
-        _Kind(shapes[path], choice, rotation_block(config, path, shapes[path].in_features))
+    kinds_of = {
+        path: _Kind(shapes[path], choice, rotation_block(config, path, shapes[path].in_features))
         for path, choice in choices.items()
-    )
+    }
+    kinds = Counter(kinds_of.values())
     total = sum(number * _layer_bytes(kind, config, device) for kind, number in kinds.items())
-    total += _vocabulary_resident_bytes(checkpoint, config, device)
     network = checkpoint.config.with_vocabulary(config.vocabulary)
+    if _is_fused(network, kinds, config, device):
+        shared = sum(
+            4 * shapes[path].in_features for path in choices if _shares_channel_order(path, kinds_of[path], config)
+        )
+        return total - shared + _fused_rest_bytes(checkpoint, network, config, device)
+    total += _vocabulary_resident_bytes(checkpoint, config, device)
     for shape in network.unquantized_shapes().values():
         total += math.prod(shape) * (_MATRIX_BYTES if len(shape) > 1 else dtype.itemsize)
     return total
@@ -160,6 +170,35 @@ def _vocabulary_resident_bytes(checkpoint: Checkpoint, config: BuildConfig, devi
     return total
 
 
+def _is_fused(network: LlamaConfig, kinds: Iterable[_Kind], config: BuildConfig, device: torch.device) -> bool:
+    """Served as one list of native operators."""
+    if obstacle_of(network.with_attention(config.attention), {}) is not None:
+        return False
+    prepared = (_prepared(kind, 2 * _ROW_TILE, config, device) for kind in kinds)
+    return all(layer.selection.backend.name == NativeBackend.name for layer in prepared)
+
+
+def _shares_channel_order(path: str, kind: _Kind, config: BuildConfig) -> bool:
+    """A layer in channel order whose input another layer reads before it: both keep one order."""
+    has_order = bool(kind.choice.rank) and isinstance(get_reconstructor(config.reconstruct), Serq)
+    return has_order and path.endswith(("k_proj", "v_proj", "up_proj"))
+
+
+def _fused_rest_bytes(checkpoint: Checkpoint, network: LlamaConfig, config: BuildConfig, device: torch.device) -> int:
+    """Norms, embedding and head as the native kernels read them."""
+    kinds, plain = _vocabulary_kinds(checkpoint, config), replace(config, activations=None)
+    gains = sum(math.prod(shape) for shape in network.unquantized_shapes().values() if len(shape) == 1)
+    total = gains * torch.float32.itemsize
+    num_rows, width = network.vocab_size, network.hidden_size
+    if EMBEDDING in kinds:
+        total += EmbeddingTable.of(kinds[EMBEDDING].weights(1, plain).quantized).nbytes * num_rows
+    else:
+        total += num_rows * width * _MATRIX_BYTES
+    if network.is_head_quantized:
+        return total + _layer_bytes(kinds.get(HEAD) or kinds[EMBEDDING], plain, device)
+    return total + dense_nbytes(num_rows, width)
+
+
 def _prepared(
     kind: _Kind, num_rows: int, config: BuildConfig, device: torch.device, backend: str = AUTO
 ) -> LowRankLinear:
@@ -203,9 +242,10 @@ def memory_bound_bytes(network: LlamaConfig, num_inside: int, hidden_bytes: int)
     return 4 * (embedding + layer + num_inside * per_token) + hidden_bytes
 
 
-def num_tokens_inside(calibration: CalibrationConfig) -> int:
-    """Tokens of the largest batch: what is inside a layer at a time."""
-    return min(calibration.batch_size, calibration.num_sequences) * calibration.sequence_length
+def num_tokens_inside(config: BuildConfig) -> int:
+    """Tokens that are inside a layer at a time while nothing is trained."""
+    calibration = config.calibration
+    return min(sequences_together(config), calibration.num_sequences) * calibration.sequence_length
 
 
 def build_memory_bytes(network: LlamaConfig, config: BuildConfig) -> int:
@@ -216,6 +256,6 @@ def build_memory_bytes(network: LlamaConfig, config: BuildConfig) -> int:
     has_target = has_target_stream(config)
     num_holdouts = 3 if config.vocabulary.embedding_bits < 16 else 2
     num_sequences = calibration.num_sequences * (2 if has_target else 1) + num_holdouts * calibration.num_holdout
-    num_inside = num_tokens_inside(calibration)
+    num_inside = num_tokens_inside(config)
     hidden_bytes = 4 * num_sequences * calibration.sequence_length * network.hidden_size
     return memory_bound_bytes(network, num_inside, hidden_bytes)

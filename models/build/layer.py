@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
 from ..artifact.record import LinearRecord
@@ -24,8 +25,8 @@ from .gradients import with_gradients
 from .linear import LinearBuilder
 from .recipe import LayerRecipe, collected_statistics, input_transforms, training_method
 from .stream import CalibrationStreams, HiddenStream
-from .training import BuiltLayer, train_layers
-from .weights import LayerWeights, linear_module, write_layer
+from .training import BuiltLayer, product_dtype, train_layers
+from .weights import LayerWeights, StreamedLinear, linear_module, write_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,25 +67,30 @@ class LayerBuilder:
             What training them came to; None without.
         """
         dense = [DecoderLayer(self._network, index, self._dense) for index in indices]
+        streamed = [self._streamed(index, layer) for index, layer in zip(indices, dense, strict=True)]
         if is_finished:
-            for layer in dense:
+            for layer in streamed:
                 streams.advance_target(layer)
             quantized, result = [self._layer(index, self._finished(index)) for index in indices], None
         else:
-            quantized, result = self._build(indices, dense, streams)
-        for of_dense, of_quantized in zip(dense, quantized, strict=True):
+            quantized, result = self._build(indices, dense, streamed, streams)
+        for of_dense, of_quantized in zip(streamed, quantized, strict=True):
             streams.advance(of_dense, of_quantized)
         return result
 
     def _build(
-        self, indices: Sequence[int], dense: Sequence[DecoderLayer], streams: CalibrationStreams
+        self,
+        indices: Sequence[int],
+        dense: Sequence[DecoderLayer],
+        streamed: Sequence[DecoderLayer],
+        streams: CalibrationStreams,
     ) -> tuple[list[DecoderLayer], TrainingResult | None]:
         """Quantize the layers one after the other, train them together where the method trains, write them."""
         inputs = streams.statistics if len(indices) == 1 else streams.statistics.copy()
         layers = []
-        for index, layer in zip(indices, dense, strict=True):
-            built = self._quantized(index, layer, inputs, streams.target)
-            streams.advance_target(layer)
+        for index, layer, passed in zip(indices, dense, streamed, strict=True):
+            built = self._quantized(index, layer, passed, inputs, streams.target)
+            streams.advance_target(passed)
             if index != indices[-1]:
                 inputs.advance(self._layer(index, self._modules(built)))
             layers.append(built)
@@ -96,24 +102,30 @@ class LayerBuilder:
         return [self._layer(built.index, self._modules(built)) for built in layers], result
 
     def _quantized(
-        self, index: int, dense: DecoderLayer, inputs: HiddenStream, target: HiddenStream | None
+        self,
+        index: int,
+        dense: DecoderLayer,
+        streamed: DecoderLayer,
+        inputs: HiddenStream,
+        target: HiddenStream | None,
     ) -> BuiltLayer:
+        """``dense`` quantized; ``streamed`` is what the calibration set runs through."""
         prefix = f"model.layers.{index}"
-        modules: dict[str, nn.Module] = {
-            f"{prefix}.{child}": dense.get_submodule(child) for group in INPUT_OWNERS.values() for child in group
-        }
+        modules = _linears(index, streamed)
+        is_sequential = self._config.calibration.inputs == "sequential"
         built = BuiltLayer(index)
-        for statistics in self._statistics(index, dense, modules, inputs, target):
+        for statistics in self._statistics(index, streamed, modules, inputs, target):
             for owner, children in INPUT_OWNERS.items():
                 builder = LinearBuilder(self._config)
                 for child in children if children[0] in statistics else ():
                     path = f"{prefix}.{child}"
                     known = self._with_known(path, f"{prefix}.{owner}", statistics[child])
-                    linear, errors = self._build_linear(path, modules[path], known, builder)
+                    linear, errors = self._build_linear(path, dense.get_submodule(child), known, builder)
                     built.weights[path], built.errors[path] = linear.weights, errors
                     if self._trained is not None:
                         built.sources[path] = linear
-                    modules[path] = self._module(path, linear.weights)
+                    if is_sequential:
+                        modules[path] = self._module(path, linear.weights)
         return built
 
     def _train(
@@ -190,7 +202,25 @@ class LayerBuilder:
         return replace(built, weights=weights), errors
 
     def _module(self, path: str, weights: LinearWeights) -> nn.Module:
+        """``weights`` as the calibration set runs through them: formed once where it does so often."""
+        if self._trained is not None:
+            return StreamedLinear.of_quantized(weights, self._dense.device, product_dtype(self._config))
         return linear_module(path, weights, self._dense.device)
+
+    def _streamed(self, index: int, dense: DecoderLayer) -> DecoderLayer:
+        """``dense`` as the calibration set runs through it."""
+        precision = product_dtype(self._config)
+        if self._trained is None or precision == torch.float32:
+            return dense
+        linears = _linears(index, dense).items()
+        modules = {path: StreamedLinear.of_dense(it, precision) for path, it in linears if isinstance(it, DenseLinear)}
+        return DecoderLayer(self._network, index, LayerWeights(self._dense, modules))
 
     def _layer(self, index: int, modules: Mapping[str, nn.Module]) -> DecoderLayer:
         return DecoderLayer(self._served, index, LayerWeights(self._dense, modules))
+
+
+def _linears(index: int, layer: DecoderLayer) -> dict[str, nn.Module]:
+    """The linear layers of decoder layer ``index`` by module path."""
+    children = (child for group in INPUT_OWNERS.values() for child in group)
+    return {f"model.layers.{index}.{child}": layer.get_submodule(child) for child in children}

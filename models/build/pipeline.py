@@ -30,7 +30,7 @@ from .layer import LayerBuilder
 from .observer import BuildObserver, SilentObserver
 from .plan import check_build
 from .prepare import Prepared, prepare
-from .recipe import has_target_stream
+from .recipe import has_target_stream, sequences_together
 from .stream import CalibrationStreams
 from .training import num_blocks_together
 from .vocabulary import needs_head_statistics, quantized_embedding, write_rest
@@ -144,12 +144,15 @@ def _build_layers(
     checkpoint, config = prepared.checkpoint, prepared.config
     if prepared.has_all_statistics and not needs_head_statistics(config):
         tokens = replace(tokens, statistics=tokens.statistics[:0])
-    has_target = has_target_stream(config)
-    embedding = quantized_embedding(checkpoint, config, device)
     streams = CalibrationStreams.start(
-        checkpoint, tokens, config.calibration, device, has_target=has_target, quantized=embedding
+        checkpoint,
+        tokens,
+        config.calibration,
+        device,
+        has_target=has_target_stream(config),
+        num_together=sequences_together(config),
+        quantized=quantized_embedding(checkpoint, config, device),
     )
-    del embedding
     dense = DenseWeights(checkpoint, torch.float32, device)
     builder = LayerBuilder(config, dense, writer, prepared.known)
     num_resumed, num_layers = writer.finished_layers(), checkpoint.config.num_hidden_layers

@@ -14,6 +14,8 @@ from ..scheme import QuantScheme
 from ..transform.inputs import InputTransform
 from ..types import Statistic
 
+_TOKENS_TOGETHER = 2048
+
 
 @dataclass(frozen=True, slots=True)
 class LayerRecipe:
@@ -94,6 +96,19 @@ def has_target_stream(config: BuildConfig) -> bool:
     """Whether the calibration set also goes through the dense network: to be compared with, or to learn from."""
     is_compared = Statistic.CROSS_CORRELATION in required_statistics(config)
     return (is_compared or training_method(config) is not None) and config.calibration.inputs != "dense"
+
+
+def sequences_together(config: BuildConfig) -> int:
+    """Calibration sequences that go through a layer at a time while nothing is trained.
+
+    A batch of a build that does not train; otherwise as many whole batches as come to ``_TOKENS_TOGETHER``: a step of
+    training takes few tokens, with which such a pass would take half as long again.
+    """
+    calibration = config.calibration
+    if training_method(config) is None:
+        return calibration.batch_size
+    num_batches = _TOKENS_TOGETHER // (calibration.batch_size * calibration.sequence_length)
+    return calibration.batch_size * max(1, num_batches)
 
 
 def input_transforms(config: BuildConfig, layer_index: int, network: LlamaConfig) -> dict[str, InputTransform]:

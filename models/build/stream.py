@@ -44,6 +44,21 @@ class HiddenStream:
         """A stream of the same hidden states that advances on its own."""
         return type(self)(self.batches, [hidden.clone() for hidden in self.hidden], self._rotary)
 
+    def split(self, batch_size: int) -> "HiddenStream":
+        """The same hidden states, ``batch_size`` sequences at a time; shares their memory until either advances."""
+        batches: list[Batch] = []
+        hidden: list[Tensor] = []
+        for batch, states in zip(self.batches, self.hidden, strict=True):
+            length = batch.spans[0].num_tokens
+            for tokens, rows in zip(
+                torch.split(batch.token_ids.view(-1, length), batch_size),
+                torch.split(states, batch_size * length),
+                strict=True,
+            ):
+                batches.append(Batch.uncached(tokens, tokens.device))
+                hidden.append(rows)
+        return HiddenStream(batches, hidden, self._rotary)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the hidden states."""
@@ -101,6 +116,7 @@ class CalibrationStreams:
         device: torch.device,
         *,
         has_target: bool = False,
+        num_together: int = 0,
         quantized: QuantizedWeight | None = None,
     ) -> Self:
         """Embed the calibration tokens; the embedding is released afterwards.
@@ -111,6 +127,7 @@ class CalibrationStreams:
             config: of the calibration.
             device: where to compute.
             has_target: the dense layers' outputs are needed.
+            num_together: sequences that go through a layer at a time; 0: a batch of ``config``.
             quantized: the embedding as the artifact stores it, on the device; None: like the dense one, at 16 bits.
         """
         dense = checkpoint.tensor("model.embed_tokens.weight", narrow=True).to(device)
@@ -118,7 +135,7 @@ class CalibrationStreams:
         rotary = RotaryEmbedding(checkpoint.config, device)
 
         def embedded(token_ids: Tensor, table: Tensor | QuantizedWeight) -> HiddenStream:
-            return HiddenStream.embed(token_ids, table, config.batch_size, rotary)
+            return HiddenStream.embed(token_ids, table, num_together or config.batch_size, rotary)
 
         has_dense_inputs = config.inputs == "dense"
         return cls(

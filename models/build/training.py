@@ -94,12 +94,12 @@ def train_layers(
     linears = {path: linear for of_layer in modules for path, linear in of_layer.items()}
     where = f"model.layers.{layers[0].index}" + (f" to {layers[-1].index}" if len(layers) > 1 else "")
     trainer = BlockTrainer(linears, method, config.training, where)
-    result = trainer.train(training_batches(blocks, inputs, targets), generator)
+    result = trainer.train(training_batches(blocks, inputs, targets, config.calibration.batch_size), generator)
     return [{path: linear.merged() for path, linear in of_layer.items()} for of_layer in modules], result
 
 
 def product_dtype(config: BuildConfig) -> torch.dtype:
-    """Of products with activations while training."""
+    """Of products with activations, in training and in the passes between layers of a build that trains."""
     return torch.bfloat16 if config.training.precision == "bfloat16" else torch.float32
 
 
@@ -132,7 +132,10 @@ def _clips(config: BuildConfig, method: Qer, layer: BuiltLayer) -> dict[str, Act
     return clips
 
 
-def training_batches(blocks: Sequence[nn.Module], inputs: HiddenStream, targets: HiddenStream) -> list[TrainingBatch]:
-    """One per batch of the calibration set: ``inputs`` before ``blocks``, ``targets`` after the dense ones."""
+def training_batches(
+    blocks: Sequence[nn.Module], inputs: HiddenStream, targets: HiddenStream, batch_size: int
+) -> list[TrainingBatch]:
+    """One per ``batch_size`` sequences: ``inputs`` before ``blocks``, ``targets`` after the dense ones."""
+    inputs, targets = inputs.split(batch_size), targets.split(batch_size)
     steps = zip(inputs.hidden, targets.hidden, inputs.passes, strict=True)
     return [TrainingBatch(hidden, target, [partial(run, it) for it in blocks]) for hidden, target, run in steps]

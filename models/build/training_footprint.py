@@ -34,12 +34,16 @@ def training_memory_bytes(network: LlamaConfig, config: BuildConfig, device: tor
     num_blocks = min(training.num_blocks, network.num_hidden_layers)
     sizes = [shape.out_features * shape.in_features for shape in network.layer_linear_shapes(0).values()]
     num_weights, largest = num_blocks * sum(sizes), max(sizes)
-    held = num_weights * (_held_per_weight(config, method) + product_dtype(config).itemsize)
+    is_narrow = product_dtype(config) != torch.float32
+    # The dense layers are there once more where the calibration set runs through them in another dtype.
+    per_weight = _held_per_weight(config, method) + product_dtype(config).itemsize * (2 if is_narrow else 1)
+    held = num_weights * per_weight
     kept = _kept_per_weight(method) * (largest if training.use_checkpointing else num_weights)
     working = _WORKING * min(largest, values_at_once(device))
     statistics = num_blocks * _statistics(network, config)
     num_blocks_inside = 1 if training.use_checkpointing else num_blocks
-    return held + kept + working + num_blocks_inside * _activations(network, config) + statistics
+    training_peak = kept + working + num_blocks_inside * _activations(network, config)
+    return held + max(training_peak, _pass_activations(network, config)) + statistics
 
 
 def _held_per_weight(config: BuildConfig, method: Qer) -> int:
@@ -49,6 +53,8 @@ def _held_per_weight(config: BuildConfig, method: Qer) -> int:
     match method.options.merge:
         case "requantize":
             return dense + 1 + _FLOAT
+        case "none":
+            return dense + 1
         case "fixed-point" | "inside-rounding":
             return dense + 3
         case _:
@@ -58,19 +64,23 @@ def _held_per_weight(config: BuildConfig, method: Qer) -> int:
 def _kept_per_weight(method: Qer) -> int:
     """Bytes that autograd keeps per weight for the way back: levels, and what clamp and penalties need."""
     match method.options.merge:
-        case "requantize":
+        case "requantize" | "none":
             return 0
-        case "none":
-            return _FLOAT
         case "inside-rounding":
             return 3 * _FLOAT
         case _:
             return 4 * _FLOAT
 
 
+def _pass_activations(network: LlamaConfig, config: BuildConfig) -> int:
+    """Bytes of the sequences that run through one decoder layer together, without gradients."""
+    return _FLOAT * num_tokens_inside(config) * (4 * network.hidden_size + 3 * network.intermediate_size)
+
+
 def _activations(network: LlamaConfig, config: BuildConfig) -> int:
     """Bytes of one batch inside one decoder layer, gradients included."""
-    num_tokens = num_tokens_inside(config.calibration)
+    calibration = config.calibration
+    num_tokens = min(calibration.batch_size, calibration.num_sequences) * calibration.sequence_length
     hidden = 18 + (3 if config.training.precision == "bfloat16" else 0)
     inside = 4.0 + (5.5 if config.activations is not None else 0.0)
     return round(_FLOAT * num_tokens * (hidden * network.hidden_size + inside * network.intermediate_size))

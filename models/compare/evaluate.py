@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..artifact.execution import RunOptions
 from ..build.observer import BuildObserver
 from ..evaluate.corpora import Corpus, load_corpus, read_corpus
 from ..evaluate.hub_tasks import load_task
@@ -46,7 +47,7 @@ class Evaluation:
         """
         started = time.perf_counter()
         observer.phase("loading", 1)
-        loaded = load_for_evaluation(path_or_id, self._device, self._config.dtype, self._config.backend)
+        loaded = load_for_evaluation(path_or_id, self._device, self._config.dtype, RunOptions(self._config.backend))
         texts = tuple(self._text(loaded, text, corpus, observer) for text, corpus in self._texts)
         tasks = tuple(_task(loaded, task, observer) for task in self._tasks)
         del loaded

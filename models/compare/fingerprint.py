@@ -11,8 +11,12 @@ from ..build.recipe import required_statistics
 from ..config import BuildConfig, CalibrationConfig
 from ..errors import QerveError
 from ..llama.checkpoint import file_digest
+from ..scheme import ActivationScheme
 from ..types import QUANTIZED_STATISTICS
 from .config import EvaluationConfig, RecipeConfig
+
+_WHERE_GIVEN = {"activations": asdict(ActivationScheme()), "attention": asdict(ActivationScheme())}
+"""Defaults inside what is absent by default; one that has nothing else is still there."""
 
 
 class Fingerprints:
@@ -70,8 +74,9 @@ def _chosen(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     chosen = {}
     for name, given in values.items():
         default = defaults.get(name)
-        value = _chosen(given, default) if isinstance(given, dict) and isinstance(default, dict) else given
-        if value not in (default, {}):
+        within = _WHERE_GIVEN.get(name) if default is None else default
+        value = _chosen(given, within) if isinstance(given, dict) and isinstance(within, dict) else given
+        if value != default and (value != {} or default is None):
             chosen[name] = value
     return chosen
 

@@ -5,15 +5,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..llama.batch import Batch, SequenceSpan
-from ..llama.kv_cache import PagedKVCache
-from ..llama.model import LlamaForCausalLM
+from ..llama.network import Network
 
 BLOCK_SIZE = 16
 
 
 @torch.inference_mode()
 def generate_greedily(
-    model: LlamaForCausalLM, prompt: Sequence[int], max_new_tokens: int, is_finished: Callable[[list[int]], bool]
+    model: Network, prompt: Sequence[int], max_new_tokens: int, is_finished: Callable[[list[int]], bool]
 ) -> list[int]:
     """The most likely token, again and again.
 
@@ -27,14 +26,14 @@ def generate_greedily(
         The new token ids, the one that ended the generation included.
     """
     num_slots = len(prompt) + max_new_tokens
-    cache = PagedKVCache(model.config, -(-num_slots // BLOCK_SIZE), BLOCK_SIZE, model.dtype, model.device)
+    cache = model.new_cache(-(-num_slots // BLOCK_SIZE))
     slots = torch.arange(num_slots, device=model.device)
     new: list[int] = []
     fed = list(prompt)
     context_len = 0
     while len(new) < max_new_tokens:
         context_len += len(fed)
-        span = SequenceSpan(0, len(fed), context_len, slots[:context_len])
+        span = SequenceSpan(0, len(fed), context_len, slots[:context_len], range(cache.num_blocks))
         tokens = torch.tensor(fed, device=model.device)
         hidden = model(Batch(tokens, slots[context_len - len(fed) : context_len], (span,)), cache)
         fed = [int(model.logits(hidden[-1:]).argmax())]

@@ -7,12 +7,13 @@ Importing this module registers it, and needs the extra ``eval``. Everything tha
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
+from ..artifact.execution import Activations, CacheDtype, RunOptions
 from ..errors import EvaluationError
 from .encoding import encode_text, prefix_token
 from .generate import generate_greedily
@@ -33,7 +34,7 @@ class QerveLM(TemplateLM):  # type: ignore[misc] # the harness is not typed
         device: ``cpu``, ``cuda``, ``cuda:N``; None: cpu. Where its user names no device, the harness
             asks for ``cuda:0``; without CUDA that becomes cpu.
         dtype: type of the activations.
-        backend: kernel backend.
+        backend, activations, kv_cache_dtype: as ``qerve eval`` takes them.
         max_length: tokens of a request; None: the model's context length.
         max_batch_tokens: tokens of one forward pass. It takes the place of the harness's batch sizes.
         batch_size, max_batch_size: accepted because the harness passes them; not used.
@@ -50,6 +51,8 @@ class QerveLM(TemplateLM):  # type: ignore[misc] # the harness is not typed
         device: str | None = None,
         dtype: str = "auto",
         backend: str = "auto",
+        activations: str = "auto",
+        kv_cache_dtype: str = "auto",
         max_length: int | None = None,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
         batch_size: int | str | None = None,
@@ -59,7 +62,9 @@ class QerveLM(TemplateLM):  # type: ignore[misc] # the harness is not typed
         super().__init__()
         if loaded is None and not path:
             raise EvaluationError("which model? Give --model_args path=ARTIFACT_OR_CHECKPOINT")
-        self._loaded = loaded or load_for_evaluation(str(path), _usable(device), dtype, backend)
+        # The harness reads "16" as a number.
+        options = RunOptions(backend, cast(Activations, str(activations)), cast(CacheDtype, kv_cache_dtype))
+        self._loaded = loaded or load_for_evaluation(str(path), _usable(device), dtype, options)
         self._name = Path(path).name or "qerve"
         self._max_batch_tokens = max_batch_tokens
         self.max_length = context_length(self._loaded.model, max_length)

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import torch
 
+from ..artifact.execution import RunOptions
 from ..artifact.format import MANIFEST_FILE
 from ..artifact.load import load_artifact
 from ..device import default_dtype
 from ..errors import EvaluationError
 from ..llama.checkpoint import DenseWeights, open_checkpoint
 from ..llama.model import LlamaForCausalLM
+from ..llama.network import Network
 from ..llama.tokenizer import Tokenizer
 
 
@@ -18,7 +20,7 @@ from ..llama.tokenizer import Tokenizer
 class Evaluated:
     """A network with its tokenizer, ready to be scored."""
 
-    model: LlamaForCausalLM
+    model: Network
     tokenizer: Tokenizer
 
 
@@ -38,14 +40,14 @@ def parse_device(device: str) -> torch.device:
     return target
 
 
-def load_for_evaluation(path_or_id: str, device: str, dtype: str, backend: str) -> Evaluated:
+def load_for_evaluation(path_or_id: str, device: str, dtype: str, options: RunOptions | None = None) -> Evaluated:
     """Load an artifact directory, or any checkpoint that ``open_checkpoint`` takes, densely.
 
     Args:
         path_or_id: artifact directory, checkpoint directory, .gguf file or Hub id.
         device: ``cpu``, ``cuda``, ``cuda:N``.
         dtype: ``auto`` (the device's own choice) or a torch floating-point type's name.
-        backend: kernel backend for an artifact's layers; ``auto`` takes the first that can run each.
+        options: which kernels run an artifact; None: the first that can run each layer.
 
     Raises:
         ArtifactError, CheckpointError: it cannot be loaded.
@@ -56,7 +58,7 @@ def load_for_evaluation(path_or_id: str, device: str, dtype: str, backend: str) 
     if not isinstance(activations, torch.dtype) or not activations.is_floating_point:
         raise EvaluationError(f"dtype {dtype!r}: choose auto, float32, bfloat16 or float16")
     if (Path(path_or_id) / MANIFEST_FILE).is_file():
-        loaded = load_artifact(Path(path_or_id), device=target, dtype=activations, backend=backend)
+        loaded = load_artifact(Path(path_or_id), device=target, dtype=activations, options=options)
         return Evaluated(loaded.model, loaded.tokenizer)
     checkpoint = open_checkpoint(path_or_id)
     model = LlamaForCausalLM(checkpoint.config, DenseWeights(checkpoint, activations, target))

@@ -3,6 +3,8 @@
 from ..errors import KernelError
 from .base import KernelBackend
 from .dequantized import DequantizedBackend
+from .native.backend import NativeBackend
+from .native.inputs import ActivationBits
 from .reference import ReferenceBackend
 from .torch_int4 import TorchInt4Backend
 from .torch_int8 import TorchInt8Backend
@@ -10,20 +12,24 @@ from .torch_int8 import TorchInt8Backend
 AUTO = "auto"
 
 
-def default_backends() -> tuple[KernelBackend, ...]:
+def default_backends(activation_bits: ActivationBits = 8) -> tuple[KernelBackend, ...]:
     """Those that serve, in order of preference; the reference backend, which runs every layer, comes last."""
-    return (TorchInt4Backend(), TorchInt8Backend(), ReferenceBackend())
+    return (NativeBackend(activation_bits), TorchInt4Backend(), TorchInt8Backend(), ReferenceBackend())
 
 
-def get_backends(preference: str = AUTO) -> tuple[KernelBackend, ...]:
+def get_backends(preference: str = AUTO, activation_bits: ActivationBits = 8) -> tuple[KernelBackend, ...]:
     """The backends to select from: all that serve for ``auto``, else only the one named.
+
+    Args:
+        preference: ``auto``, or a backend's name.
+        activation_bits: what the native backend rounds inputs to that the artifact leaves unquantized.
 
     Raises:
         KernelError: no backend has that name.
     """
     if preference == AUTO:
-        return default_backends()
-    backends = (*default_backends(), DequantizedBackend())
+        return default_backends(activation_bits)
+    backends = (*default_backends(activation_bits), DequantizedBackend())
     chosen = tuple(backend for backend in backends if backend.name == preference)
     if not chosen:
         names = ", ".join((AUTO, *(backend.name for backend in backends)))

@@ -14,13 +14,15 @@ class SequenceSpan:
     start, num_tokens: rows ``start .. start + num_tokens`` of the batch are this sequence's new tokens
     context_len:       tokens of the sequence that are known after this pass, the new ones included
     slots:             (context_len,) int64 key-value cache slots of all of them, in order; None: no cache,
-                       then context_len == num_tokens
+                       then context_len == num_tokens, or one that takes block tables
+    block_table:       cache blocks of all of them, in order, and maybe more; None: no cache, or one that takes slots
     """
 
     start: int
     num_tokens: int
     context_len: int
     slots: Tensor | None = None
+    block_table: Sequence[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

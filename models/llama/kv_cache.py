@@ -9,6 +9,8 @@ from .config import LlamaConfig
 class PagedKVCache:
     """Slots for the keys and values of ``num_blocks * block_size`` tokens, in every layer."""
 
+    has_block_tables = False
+
     def __init__(
         self,
         config: LlamaConfig,

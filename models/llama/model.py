@@ -161,7 +161,10 @@ class DecoderLayer(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
-    """The whole network, built by asking ``weights`` for each parameter once, in order."""
+    """The whole network, built by asking ``weights`` for each parameter once, in order.
+
+    cache_dtype: of the key-value caches that it makes; that of the activations unless it is set
+    """
 
     def __init__(self, config: LlamaConfig, weights: WeightSource) -> None:
         super().__init__()
@@ -170,6 +173,7 @@ class LlamaForCausalLM(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, index, weights) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(weights.tensor("model.norm.weight"), config.rms_norm_eps)
         self.lm_head = _head(config, weights, self.embed_tokens)
+        self.cache_dtype = self.norm.weight.dtype
         self._rotary = RotaryEmbedding(config, self.device)
 
     @property
@@ -200,6 +204,15 @@ class LlamaForCausalLM(nn.Module):
             return head_logits(hidden, self.lm_head)
         logits: Tensor = self.lm_head(hidden)
         return logits.float()
+
+    def new_cache(self, num_blocks: int) -> PagedKVCache:
+        """A key-value cache of ``num_blocks`` blocks of 16 tokens."""
+        return PagedKVCache(self.config, num_blocks, dtype=self.cache_dtype, device=self.device)
+
+    @property
+    def cache_block_bytes(self) -> int:
+        """Bytes that one of its blocks takes."""
+        return PagedKVCache.bytes_per_block(self.config, dtype=self.cache_dtype)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         table = self.embed_tokens

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config import TrainingConfig
 from ..reconstruct.qer import INTEGER_MERGES, Qer
-from .linear import ActivationClip, TrainableLinear
+from .linear import ActivationClip, TrainableLinear, by_path
 from .loop import Training, TrainingBatch, TrainingResult
 from .straight import bounded_clip
 
@@ -36,7 +36,7 @@ class BlockTrainer:
     """
 
     def __init__(self, linears: Mapping[str, TrainableLinear], method: Qer, config: TrainingConfig, where: str) -> None:
-        self._linears = nn.ModuleDict({path.replace(".", "/"): linear for path, linear in linears.items()})
+        self._linears = by_path(linears)
         self._method = method
         self._config = config
         self._where = where

@@ -6,7 +6,6 @@ the gradient of the product of the factors before any rounding.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,6 @@ from ..reconstruct.merge import (
     ternary_merge,
 )
 from ..reconstruct.qer import QerOptions
-from ..types import QuantizedWeight
 from .straight import straight, straight_round
 
 
@@ -31,6 +29,12 @@ def values_at_once(device: torch.device) -> int:
     On other devices, where every operation costs a launch, only so few that the temporaries stay small.
     """
     return 1 << 17 if device.type == "cpu" else 1 << 22
+
+
+def row_slices(values: Tensor) -> list[slice]:
+    """Rows of ``values`` (num_rows, ...) that are formed at a time."""
+    step = max(1, values_at_once(values.device) // max(1, values[0].numel()))
+    return [slice(start, start + step) for start in range(0, len(values), step)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +81,7 @@ class TrainableCodes(nn.Module, ABC):
 
         The same for the training as for the merge, since a product of floats depends on how it is cut.
         """
-        step = max(1, values_at_once(self._codes.device) // self._codes.shape[1])
-        return [slice(start, start + step) for start in range(0, self._codes.shape[0], step)]
+        return row_slices(self._codes)
 
     @abstractmethod
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -108,26 +111,6 @@ class TrainableCodes(nn.Module, ABC):
         exact = straight(moved, values)
         codes = exact.clamp(0, self._max_code)
         return codes, exact - codes
-
-
-class FixedCodes(TrainableCodes):
-    """Nothing to train: the control."""
-
-    @classmethod
-    def of(cls, quantized: QuantizedWeight) -> Self:
-        """The codes of ``quantized``, a byte each."""
-        return cls(IntegerBase(quantized.codes, None, 0, quantized.scheme.max_code))
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """None of either."""
-        return self._codes.new_empty(len(self._codes), 0), self._codes.new_empty(0, self._codes.shape[1])
-
-    def _values(self, rows: slice, up: Tensor, down: Tensor) -> Tensor:
-        return self._codes[rows].to(torch.int32)
-
-    def part(self, rows: slice, up: Tensor, down: Tensor) -> tuple[Tensor, Penalties]:
-        """The base's codes; nothing is lost."""
-        return self._codes[rows].float(), Penalties()
 
 
 class IntegerFactors(TrainableCodes):

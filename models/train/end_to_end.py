@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..config import TrainingConfig
 from ..llama.model import head_logits
-from .linear import TrainableLinear
+from .linear import TrainableLinear, by_path
 from .loop import Training, TrainingBatch, TrainingResult
 
-_LOGIT_ROWS = 64
+_LOGIT_ROWS = 128
 _HEAD_ROWS = 4096
 
 
@@ -27,15 +27,23 @@ class ScaleTrainer:
         norm: the final norm.
         head: (vocab_size, hidden_size), stored as it is served.
         config: its end-to-end settings, and on how many batches the loss is checked.
+        precision: dtype of the product that takes the gradient back through the head; logits are float32 in any case.
     """
 
     def __init__(
-        self, linears: Mapping[str, TrainableLinear], norm: nn.Module, head: Tensor, config: TrainingConfig
+        self,
+        linears: Mapping[str, TrainableLinear],
+        norm: nn.Module,
+        head: Tensor,
+        config: TrainingConfig,
+        *,
+        precision: torch.dtype = torch.float32,
     ) -> None:
-        self._linears = nn.ModuleDict({path.replace(".", "/"): linear for path, linear in linears.items()})
+        self._linears = by_path(linears)
         self._norm = norm
         self._head = head
         self._config = config
+        self._precision = precision
 
     def train(
         self,
@@ -86,11 +94,12 @@ class ScaleTrainer:
         gradient, total = torch.zeros_like(normed), 0.0
         for start in range(0, len(normed), _LOGIT_ROWS):
             rows = slice(start, start + _LOGIT_ROWS)
-            wanted = head_logits(teacher[rows], self._head).log_softmax(-1)
-            given = head_logits(normed[rows], self._head).log_softmax(-1)
+            # Both at once: the head is upcast for as many rows as there are.
+            logits = head_logits(torch.cat([teacher[rows], normed[rows]]), self._head)
+            wanted, given = logits.log_softmax(-1).chunk(2)
             total += float((wanted.exp() * (wanted - given)).sum())
             difference = given.exp_().sub_(wanted.exp_())
             for first in range(0, len(self._head), _HEAD_ROWS):
                 columns = slice(first, first + _HEAD_ROWS)
-                gradient[rows] += difference[:, columns] @ self._head[columns].to(normed.dtype)
+                gradient[rows] += difference[:, columns].to(self._precision) @ self._head[columns].to(self._precision)
         return total / len(normed), gradient.div_(len(normed))

@@ -22,9 +22,9 @@ from ..reconstruct.merge import (
 from ..reconstruct.qer import AUTOMATIC, Qer
 from ..reconstruct.statistics import require
 from ..types import InputStatistics, LinearWeights, QuantizedWeight, QuantizeFn, Statistic
-from .codes import FixedCodes, InsideRounding, IntegerFactors, TrainableCodes
+from .codes import InsideRounding, IntegerFactors, TrainableCodes
 from .linear import ActivationClip, TrainableLinear
-from .weight import MergedWeight, RequantizedWeight
+from .weight import MergedWeight, RequantizedWeight, ScaledWeight
 
 _NUM_SHIFTS = 16
 
@@ -72,10 +72,12 @@ def trainable_linear(
     """
     weight, base = built.weight, built.weights.quantized
     mean_square = require(built.statistics, Statistic.MEAN_SQUARE, weight.shape[1])
-    module: MergedWeight | RequantizedWeight
+    module: ScaledWeight | RequantizedWeight
     if method.options.merge == "requantize":
         factors = _float_factors(weight, method.rank, 1 / math.sqrt(weight.shape[1]), generator)
         module = RequantizedWeight(weight, base, built.quantize, *factors)
+    elif method.options.merge == "none":
+        module = ScaledWeight(base, use_scales=method.options.use_scales)
     else:
         codes = trainable_codes(method, weight, base, built.statistics, generator)
         module = MergedWeight(codes, base, use_scales=method.options.use_scales)
@@ -93,14 +95,12 @@ def trainable_linear(
 def trainable_codes(
     method: Qer, weight: Tensor, base: QuantizedWeight, statistics: InputStatistics, generator: torch.Generator
 ) -> TrainableCodes:
-    """The codes of ``base`` with the factors of ``method`` at their start; arguments as in ``trainable_linear``."""
+    """The codes of ``base`` with the factors of ``method``, which has some, at their start; arguments as above."""
     options, num_bits = method.options, base.scheme.num_bits
     largest = options.largest_factor(num_bits)
     has_fraction = options.merge in {"fixed-point", "inside-rounding"}
     position = positions(weight, base)
     start = integer_base(base.codes, position, options.fraction_bits if has_fraction else 0, base.scheme.max_code)
-    if options.merge == "none":
-        return FixedCodes(start)
     if options.merge == "inside-rounding":
         return InsideRounding(start, *_float_factors(weight, method.rank, 1.0, generator))
     usual = options.shift_of(method.rank, num_bits)

@@ -1,6 +1,6 @@
 """One linear layer while its decoder layer is trained."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeAlias
@@ -14,7 +14,7 @@ from ..scheme import ActivationScheme
 from ..transform.inputs import InputTransform
 from ..types import LinearWeights, QuantizedWeight
 from .straight import bounded_clip, quantize_straight
-from .weight import MergedWeight, RequantizedWeight
+from .weight import RequantizedWeight, ScaledWeight
 
 _Formed: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
 """A weight as it is multiplied with, and its penalties of rounding and overflow."""
@@ -72,7 +72,7 @@ class TrainableLinear(nn.Module):
 
     def __init__(
         self,
-        weight: MergedWeight | RequantizedWeight,
+        weight: ScaledWeight | RequantizedWeight,
         built: LinearWeights,
         clip: ActivationClip | None,
         mean_square: Tensor,
@@ -126,11 +126,12 @@ class TrainableLinear(nn.Module):
     def _formed(self) -> _Formed:
         """The weight as it is multiplied with, and its penalties."""
         weights, rounding, overflow = [], [], []
-        for part in self.weight.parts():
-            weights.append(part.weight.to(self._precision))
+        for part in self.weight.parts(self._precision):
+            weights.append(part.weight)
             rounding.append(self._weighed(part.penalties.rounding, part.level))
             overflow.append(self._weighed(part.penalties.overflow, part.level))
-        return torch.cat(weights), _total(rounding), _total(overflow)
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        return weight, _total(rounding), _total(overflow)
 
     def _weighed(self, lost: Tensor | None, level: Tensor | None) -> Tensor | None:
         """Sum of the squares of ``lost`` (rows, in_features), in levels, as a share of what a level of every weight
@@ -147,6 +148,11 @@ class TrainableLinear(nn.Module):
         """What ships: a plain quantized layer."""
         activations = self._built.activations if self.clip is None else self.clip.merged
         return replace(self._built, quantized=self.weight.merged(), activations=activations)
+
+
+def by_path(linears: Mapping[str, TrainableLinear]) -> nn.ModuleDict:
+    """``linears``, by module path, as one module: its names may not contain dots."""
+    return nn.ModuleDict({path.replace(".", "/"): linear for path, linear in linears.items()})
 
 
 def _energy(quantized: QuantizedWeight, mean_square: Tensor) -> float:

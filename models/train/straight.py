@@ -60,8 +60,9 @@ class _Quantize(torch.autograd.Function):
             return gradient, None, None
         is_inside = _is_inside(x, ctx.scheme, ctx.ratio)
         # x' = s q with s proportional to the ratio c: dx'/dc is (x' - x) / c where q follows x / s, else x' / c.
-        slope = torch.where(is_inside, quantized - x, quantized).div_(ctx.ratio)
-        return gradient * is_inside, (gradient * slope).sum().reshape(()), None
+        slope = torch.addcmul(quantized, x, is_inside, value=-1)
+        of_clip = slope.mul_(gradient).sum().div_(ctx.ratio) if ctx.needs_input_grad[1] else None
+        return gradient * is_inside, of_clip, None
 
 
 def _is_inside(x: Tensor, scheme: ActivationScheme, ratio: float) -> Tensor:

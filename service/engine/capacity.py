@@ -2,11 +2,8 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from models.errors import QerveError
 from models.llama.config import LlamaConfig
-from models.llama.kv_cache import PagedKVCache
 
 from .block_manager import BLOCK_SIZE
 
@@ -36,7 +33,7 @@ class CacheLimits:
 
 
 def plan_cache(
-    config: LlamaConfig, dtype: torch.dtype, device_type: str, available_bytes: int, limits: CacheLimits
+    config: LlamaConfig, bytes_per_block: int, device_type: str, available_bytes: int, limits: CacheLimits
 ) -> CachePlan:
     """A cache that lets ``max_num_seqs`` sequences of full length run, as far as memory allows.
 
@@ -47,7 +44,6 @@ def plan_cache(
     if limits.max_model_len is not None and limits.max_model_len > context:
         raise QerveError(f"max_model_len {limits.max_model_len} is more than the model's context of {context} tokens")
     wanted_len = limits.max_model_len or context
-    bytes_per_block = PagedKVCache.bytes_per_block(config, BLOCK_SIZE, dtype)
     blocks_per_sequence = -(-wanted_len // BLOCK_SIZE)
     budget = limits.memory_bytes
     if budget is None:

@@ -2,13 +2,13 @@
 
 from array import array
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from models.llama.batch import Batch, SequenceSpan
-from models.llama.kv_cache import PagedKVCache
+from models.llama.network import KVCache
 
 from .block_manager import BLOCK_SIZE
 from .request import Request
@@ -23,7 +23,8 @@ class ServedModel(Protocol):
         """Where the batch must be."""
         ...
 
-    def __call__(self, batch: Batch, kv_cache: PagedKVCache | None = None) -> Tensor:
+    # Any: a network takes the caches that it makes itself.
+    def __call__(self, batch: Batch, kv_cache: Any = None) -> Tensor:
         """Final hidden states (num_tokens, hidden_size)."""
         ...
 
@@ -35,7 +36,7 @@ class ServedModel(Protocol):
 class Runner:
     """Runs the network against its key-value cache."""
 
-    def __init__(self, model: ServedModel, kv_cache: PagedKVCache, block_size: int = BLOCK_SIZE) -> None:
+    def __init__(self, model: ServedModel, kv_cache: KVCache, block_size: int = BLOCK_SIZE) -> None:
         self._model = model
         self._kv_cache = kv_cache
         self._block_size = block_size
@@ -56,11 +57,13 @@ class Runner:
         positions: list[int] = []
         rows: list[int] = []
         spans: list[SequenceSpan] = []
-        self._slots = {item.request: self._slots_of(item.request) for item in scheduled}
+        if not self._kv_cache.has_block_tables:
+            self._slots = {item.request: self._slots_of(item.request) for item in scheduled}
         for request, num_new, gets_token in scheduled:
             computed = request.num_computed_tokens
             context_len = computed + num_new
-            spans.append(SequenceSpan(len(token_ids), num_new, context_len, self._slots[request][:context_len]))
+            slots = self._slots[request][:context_len] if self._slots else None
+            spans.append(SequenceSpan(len(token_ids), num_new, context_len, slots, request.block_table))
             token_ids += request.tokens_between(computed, context_len)
             positions += range(computed, context_len)
             if gets_token:

@@ -31,6 +31,7 @@ def test_the_model_is_listed_and_described(server):
     assert card["artifact"]["embedding"] == {"format": "BF16", "bits_per_weight": 16.0, "num_bytes": 16}
     assert card["artifact"]["head"] == {"format": "BF16", "bits_per_weight": 16.0, "num_bytes": 0}
     assert {"backends", "passed_over"} <= set(card)
+    assert card["execution"] == {"network": "layer by layer: a fake network"}
     assert manifest.manifest_sha256[:16] in server.context.info.fingerprint
 
 

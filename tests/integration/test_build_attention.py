@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from models.artifact.execution import RunOptions
 from models.artifact.load import load_artifact
 from models.build import build_artifact
 from models.build.plan import check_build
@@ -76,7 +77,7 @@ def test_the_recorded_perplexity_is_that_of_the_loaded_artifact(
     loaded = load_artifact(tmp_path / "a", dtype=torch.float32, backend="reference")
     assert loaded.model.config.attention == loaded.manifest.build.attention == attention
     assert report.quantized_perplexity == pytest.approx(served_perplexity(loaded.model, tokens), rel=1e-4)
-    evaluated = load_for_evaluation(str(tmp_path / "a"), "cpu", "float32", "reference").model
+    evaluated = load_for_evaluation(str(tmp_path / "a"), "cpu", "float32", RunOptions("reference")).model
     assert served_perplexity(evaluated, tokens) == served_perplexity(loaded.model, tokens)
 
 

@@ -128,7 +128,7 @@ def test_rows_hold_what_qerve_eval_and_the_manifest_say(first, files, tmp_path):
     recipe = config(files).expanded()[2]
     report = build_artifact(open_checkpoint(str(files / "tiny")), tmp_path / "a", recipe.build)
     for name, target in (("dense", files / "tiny"), ("qera", tmp_path / "a")):
-        loaded = load_for_evaluation(str(target), "cpu", "float32", "auto")
+        loaded = load_for_evaluation(str(target), "cpu", "float32")
         ids = loaded.tokenizer.encode((files / "test.txt").read_text(encoding="utf-8"))
         expected = perplexity(loaded.model, ids, window=WINDOW, max_windows=3)
         assert rows[name].texts[0].nll == expected.nll

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from models.artifact.load import load_artifact
 from models.evaluate.perplexity import perplexity
 from models.llama.batch import Batch
-from models.llama.kv_cache import PagedKVCache
 from service.engine.block_manager import BlockManager
 from service.engine.engine import Engine, EngineObserver
 from service.engine.request import Request, SamplingParams
@@ -30,12 +29,12 @@ PROMPTS = [
 NUM_TOKENS = 24
 
 
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
+@pytest.fixture(scope="module", params=["auto", "reference"])
+def loaded(tmp_path_factory, request):
     directory = tmp_path_factory.mktemp("artifacts") / "tiny"
     model = tiny_model(vocab_size=VOCAB_SIZE, max_position_embeddings=128)
     write_artifact(directory, model, tokenizer_files=tokenizer_files())
-    return load_artifact(directory, dtype=torch.float32)
+    return load_artifact(directory, dtype=torch.float32, backend=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +55,7 @@ def greedy(loaded, prompt, num_tokens=NUM_TOKENS):
 
 
 def generate(loaded, prompts, max_num_seqs, budget=512):
-    cache = PagedKVCache(loaded.model.config, num_blocks=24, dtype=loaded.model.dtype)
+    cache = loaded.model.new_cache(24)
     scheduler = Scheduler(BlockManager(24), max_num_seqs, budget)
     engine = Engine(Runner(loaded.model, cache), scheduler, loaded.tokenizer, EngineObserver())
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)

@@ -56,7 +56,7 @@ def test_texts_and_tasks_are_measured_in_one_run_as_their_functions_measure_them
         checkpoint, "--text", files / "plain.txt", "--text", files / "wiki.raw", "--task", files / "mill.jsonl",
         "--task", files / "words.jsonl", "--window", 32, "--out", tmp_path / "results.json",
     )  # fmt: skip
-    loaded = load_for_evaluation(str(checkpoint), "cpu", "float32", "auto")
+    loaded = load_for_evaluation(str(checkpoint), "cpu", "float32")
     for entry, name in zip(values["texts"], ("plain.txt", "wiki.raw"), strict=True):
         text = (files / name).read_text(encoding="utf-8")
         wanted = perplexity(loaded.model, loaded.tokenizer.encode(text), window=32)

@@ -93,7 +93,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
-    return load_for_evaluation(str(checkpoint), "cpu", "float32", "auto")
+    return load_for_evaluation(str(checkpoint), "cpu", "float32")
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ def test_weights_stay_packed_in_memory(loaded):
 def test_four_bits_stay_near_the_dense_model_and_two_bits_do_not(smollm2_gguf, loaded, tmp_path):
     w2 = replace(W4, scheme=QuantScheme(num_bits=2, group_size=64))
     build_artifact(open_checkpoint(str(smollm2_gguf)), tmp_path / "w2", w2)
-    dense = load_for_evaluation(str(smollm2_gguf), "cpu", "float32", "auto")
+    dense = load_for_evaluation(str(smollm2_gguf), "cpu", "float32")
     token_ids = loaded.tokenizer.encode(PERPLEXITY_TEXT)
     models = (dense.model, loaded.model, load_artifact(tmp_path / "w2").model)
     best, four_bit, two_bit = (perplexity(model, token_ids).perplexity for model in models)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.build.layer import LayerBuilder
+from models.build.recipe import sequences_together
 from models.build.stream import CalibrationStreams, HiddenStream
 from models.build.training_footprint import training_memory_bytes
 from models.config import (
@@ -68,7 +69,9 @@ def streams_of(checkpoint, config: BuildConfig) -> CalibrationStreams:
     tokens = torch.randint(checkpoint.config.vocab_size, (2, config.calibration.sequence_length))
     embedding = checkpoint.tensor("model.embed_tokens.weight").float()
     rotary = RotaryEmbedding(checkpoint.config, CPU)
-    stream, none = (HiddenStream.embed(ids, embedding, 1, rotary) for ids in (tokens, tokens[:0]))
+    stream, none = (
+        HiddenStream.embed(ids, embedding, sequences_together(config), rotary) for ids in (tokens, tokens[:0])
+    )
     return CalibrationStreams(stream, stream.copy(), none, none.copy(), uses_dense_inputs=False)
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from models.artifact.execution import Execution
 from models.artifact.format import Manifest, TensorRecord, self_hash
 from models.artifact.load import LoadedModel
 from models.config import BuildConfig
@@ -63,6 +64,11 @@ class FakeModel(nn.Module):
         self.config = fake_config(context)
         self.faults = faults or Faults()
         self.batch_sizes: list[int] = []
+
+    cache_block_bytes = PagedKVCache.bytes_per_block(fake_config())
+
+    def new_cache(self, num_blocks: int) -> PagedKVCache:
+        return PagedKVCache(self.config, num_blocks)
 
     def forward(self, batch: Batch, kv_cache: PagedKVCache | None = None) -> Tensor:
         time.sleep(self.faults.step_seconds)
@@ -155,6 +161,7 @@ class FakeParts:
             weight_bytes={"packed": 1000, "scale": 100, "lora_up": 64, "lora_down": 32, "unquantized": 7},
             resident_bytes={"reference": 1200},
             load_seconds=0.5,
+            execution=Execution({}, "a fake network"),
         )
 
 

@@ -83,7 +83,7 @@ class Case:
 
 def formed(weight: TrainableWeight) -> Tensor:
     """The whole weight, with gradients."""
-    return torch.cat([part.weight for part in weight.parts()])
+    return torch.cat([part.weight for part in weight.parts(torch.float32)])
 
 
 def make_case(merge: str = "fixed-point", num_batches: int = 8, **options: Option) -> Case:

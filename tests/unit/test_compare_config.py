@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.compare.config import CompareConfig, EvaluationConfig, RecipeConfig
-from models.compare.fingerprint import Fingerprints
+from models.compare.fingerprint import Fingerprints, _chosen
 from models.compare.grid import GridConfig, automatic_name, expand
 from models.compare.overlay import lookup, nested, overlay
 from models.config import BuildConfig, CalibrationConfig, ReconstructConfig, TransformConfig
@@ -221,3 +221,25 @@ def test_statistics_are_shared_unless_activations_are_quantized_for_them() -> No
     assert prints.statistics(paired[0]) != prints.statistics(paired[1])
     rotated = replace(plain, transform=TransformConfig(rotation="online"))
     assert prints.statistics(plain) != prints.statistics(rotated)
+
+
+def test_a_recipe_is_what_it_says_however_much_of_it_is_the_default() -> None:
+    prints = Fingerprints("checkpoint", EvaluationConfig(), "cpu")
+    # A setting that a later version adds to activations has its default in every earlier recipe.
+    known = {"num_bits": 4, "group_size": 64}
+    assert _chosen(asdict(ActivationScheme(**known)), asdict(ActivationScheme())) == known
+    for name in ("activations", "attention"):
+        given = [
+            None,
+            ActivationScheme(),
+            ActivationScheme(4),
+            ActivationScheme(4, 64),
+            ActivationScheme(4, clip_ratio=0.9),
+        ]
+        recipes = [RecipeConfig("a", replace(BuildConfig(), **{name: it})) for it in given]
+        assert len({prints.recipe(recipe) for recipe in recipes}) == len(given)
+    chosen = _chosen(replace(BuildConfig(), activations=ActivationScheme(4, 64)).to_dict(), BuildConfig().to_dict())
+    assert chosen == {"activations": known}
+    assert _chosen(replace(BuildConfig(), activations=ActivationScheme()).to_dict(), BuildConfig().to_dict()) == {
+        "activations": {}
+    }

@@ -16,7 +16,7 @@ CONFIG = fake_config(context=256)  # 16 blocks of 128 bytes for one full sequenc
 
 
 def plan(limits, available=GIB, device="cpu", dtype=torch.float32):
-    return plan_cache(CONFIG, dtype, device, available, limits)
+    return plan_cache(CONFIG, PagedKVCache.bytes_per_block(CONFIG, dtype=dtype), device, available, limits)
 
 
 def test_with_plenty_of_memory_every_seat_can_hold_a_full_sequence():

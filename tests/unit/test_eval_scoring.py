@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(checkpoint):
-    return load_for_evaluation(str(checkpoint), "cpu", "float32", "auto")
+    return load_for_evaluation(str(checkpoint), "cpu", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -266,4 +266,4 @@ def test_generation_ends_with_the_token_that_finished_it(loaded):
 @pytest.mark.parametrize(("device", "dtype"), [("cud", "auto"), ("cuda:99", "auto"), ("cpu", "int8"), ("cpu", "nn")])
 def test_a_device_or_type_that_does_not_exist_is_named(checkpoint, device, dtype):
     with pytest.raises(EvaluationError, match=f"{device}|{dtype}"):
-        load_for_evaluation(str(checkpoint), device, dtype, "auto")
+        load_for_evaluation(str(checkpoint), device, dtype)

@@ -9,12 +9,14 @@ from torch import Tensor
 from models.errors import KernelError
 from models.kernels import default_backends, get_backends, torch_int4, torch_int8
 from models.kernels.base import LinearSpec
+from models.kernels.native.backend import NativeBackend
 from models.kernels.reference import ReferenceBackend
 from models.kernels.torch_int4 import TorchInt4Backend
 from models.kernels.torch_int8 import TorchInt8Backend
 from models.layers.linear import DenseLinear, LowRankLinear
 from models.scheme import ActivationScheme, QuantScheme
 from tests.support.linear_oracle import expected_output, random_layer
+from tests.support.native import needs_native
 
 CPU = torch.device("cpu")
 INT4 = LinearSpec(QuantScheme(4, 64), 128, 64, 8, False, False, CPU, torch.bfloat16)
@@ -67,6 +69,50 @@ def test_torch_int8_says_why_it_cannot_run_a_layer(spec: LinearSpec, reason: str
     assert reason in (TorchInt8Backend().unsupported(spec) or "")
 
 
+NATIVE = LinearSpec(QuantScheme(4, 64), 128, 64, 8, False, False, CPU, torch.bfloat16)
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (replace(NATIVE, device=torch.device("cuda")), "CPU only, not on cuda"),
+        (replace(NATIVE, dtype=torch.float64), "float32, bfloat16 and float16, not in float64"),
+        (replace(NATIVE, scheme=QuantScheme(4, 32, format="mxfp4")), "uniform steps (int, mxint), not mxfp4"),
+        (replace(NATIVE, scheme=QuantScheme(4, 64, format="nf4")), "uniform steps (int, mxint), not nf4"),
+        (replace(NATIVE, scheme=QuantScheme(4, -1), in_features=80), "in_features must be a multiple of 32, not 80"),
+        (replace(NATIVE, scheme=QuantScheme(4, 16)), "multiple of 32 input channels, not by 16"),
+        (replace(NATIVE, scheme=QuantScheme(4, 16, format="mxint")), "multiple of 32 input channels, not by 16"),
+        (replace(NATIVE, rotation_block=12), "blocks of a power of two, not of 12"),
+        (
+            replace(NATIVE, activations=ActivationScheme(4, 32, format="mxfp4")),
+            "uniform steps (int, mxint), not as mxfp4",
+        ),
+        (replace(NATIVE, activations=ActivationScheme(8, 16, format="mxint")), "multiples of 32 channels, not 16"),
+    ],
+)
+def test_the_native_backend_says_why_it_cannot_run_a_layer(spec: LinearSpec, reason: str) -> None:
+    assert NativeBackend().unsupported(NATIVE) is None
+    assert reason in (NativeBackend().unsupported(spec) or "")
+    weights = random_layer(QuantScheme(4, 16), (32, 64))
+    with pytest.raises(KernelError, match="multiple of 32 input channels, not by 16"):
+        NativeBackend().prepare(weights, CPU, torch.float32)
+
+
+def test_without_its_library_the_native_backend_says_so() -> None:
+    assert NativeBackend(runtime="the library is not here").unsupported(NATIVE) == "the library is not here"
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", [QuantScheme(4, 64), QuantScheme(3, -1, True), QuantScheme(8, -1, True)], ids=str)
+def test_where_it_can_the_native_backend_comes_first(scheme: QuantScheme, dtype: torch.dtype) -> None:
+    weights = random_layer(scheme, (32, 128), rank=4)
+    linear = LowRankLinear.of(weights, get_backends("auto"), device=CPU, dtype=dtype, where="here")
+    assert linear.selection.backend.name == "native"
+    assert linear.selection.passed_over == ()
+
+
 def test_a_torch_without_the_products_is_named_as_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "aten", object())
     assert "has no int4 product" in (TorchInt4Backend().unsupported(INT4) or "")
@@ -75,19 +121,22 @@ def test_a_torch_without_the_products_is_named_as_the_reason(monkeypatch: pytest
 
 def make_linear(scheme: QuantScheme, dtype: torch.dtype, preference: str = "auto") -> LowRankLinear:
     weights = random_layer(scheme, (32, 128), rank=4)
-    return LowRankLinear.of(weights, get_backends(preference), device=CPU, dtype=dtype, where="layers.0.q_proj")
+    backends = get_backends(preference)
+    if preference == "auto":
+        backends = (NativeBackend(runtime="the native kernels are not built"), *backends[1:])
+    return LowRankLinear.of(weights, backends, device=CPU, dtype=dtype, where="layers.0.q_proj")
 
 
 @pytest.mark.parametrize(
     ("scheme", "dtype", "name", "passed_over"),
     [
-        (QuantScheme(4, 64), torch.bfloat16, "torch-int4", []),
-        (QuantScheme(8, -1, True), torch.bfloat16, "torch-int8", ["torch-int4"]),
-        (QuantScheme(3, 64), torch.bfloat16, "reference", ["torch-int4", "torch-int8"]),
-        (QuantScheme(4, 64), torch.float32, "reference", ["torch-int4", "torch-int8"]),
-        (QuantScheme(4, 32, format="mxint"), torch.bfloat16, "torch-int4", []),
-        (QuantScheme(4, 32, format="mxfp4"), torch.bfloat16, "reference", ["torch-int4", "torch-int8"]),
-        (QuantScheme(4, 64, format="nf4"), torch.bfloat16, "reference", ["torch-int4", "torch-int8"]),
+        (QuantScheme(4, 64), torch.bfloat16, "torch-int4", ["native"]),
+        (QuantScheme(8, -1, True), torch.bfloat16, "torch-int8", ["native", "torch-int4"]),
+        (QuantScheme(3, 64), torch.bfloat16, "reference", ["native", "torch-int4", "torch-int8"]),
+        (QuantScheme(4, 64), torch.float32, "reference", ["native", "torch-int4", "torch-int8"]),
+        (QuantScheme(4, 32, format="mxint"), torch.bfloat16, "torch-int4", ["native"]),
+        (QuantScheme(4, 32, format="mxfp4"), torch.bfloat16, "reference", ["native", "torch-int4", "torch-int8"]),
+        (QuantScheme(4, 64, format="nf4"), torch.bfloat16, "reference", ["native", "torch-int4", "torch-int8"]),
     ],
 )
 def test_the_first_backend_that_can_is_chosen_and_the_reasons_are_kept(
@@ -109,14 +158,16 @@ def test_a_layer_tells_the_backends_how_its_input_is_treated() -> None:
 
 
 def test_a_backend_can_be_forced_and_then_nothing_stands_in_for_it() -> None:
-    assert [backend.name for backend in default_backends()] == ["torch-int4", "torch-int8", "reference"]
+    assert [backend.name for backend in default_backends()] == ["native", "torch-int4", "torch-int8", "reference"]
     assert make_linear(QuantScheme(4, 64), torch.bfloat16, "reference").selection.backend.name == "reference"
     with pytest.raises(KernelError, match=r"layers\.0\.q_proj: .*torch-int4: takes 4-bit codes, not 5-bit"):
         make_linear(QuantScheme(5, 64), torch.bfloat16, "torch-int4")
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(KernelError, match="'gpu' is unknown; choose one of auto, torch-int4, torch-int8, reference"):
+    with pytest.raises(
+        KernelError, match="'gpu' is unknown; choose one of auto, native, torch-int4, torch-int8, reference"
+    ):
         get_backends("gpu")
 
 
@@ -132,7 +183,7 @@ def test_the_reference_keeps_packed_codes_only(num_bits: int) -> None:
 @pytest.mark.parametrize("scheme", [QuantScheme(4, 64), QuantScheme(4, -1), QuantScheme(8, -1, True)], ids=str)
 def test_torch_backends_keep_codes_once_and_count_every_byte(scheme: QuantScheme) -> None:
     weights = random_layer(scheme, (128, 512), rank=4, variant="scale order", has_bias=True)
-    (backend,) = (b for b in default_backends()[:-1] if b.unsupported(replace(INT4, scheme=scheme)) is None)
+    (backend,) = (b for b in default_backends()[1:-1] if b.unsupported(replace(INT4, scheme=scheme)) is None)
     prepared = backend.prepare(weights, CPU, torch.bfloat16)
     prepared(torch.randn(100, 512).bfloat16())
     assert prepared.nbytes == resident_bytes(prepared)

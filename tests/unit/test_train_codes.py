@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models.reconstruct.merge import IntegerBase, integer_base
-from models.train.codes import FixedCodes, InsideRounding, IntegerFactors, Penalties
+from models.train.codes import InsideRounding, IntegerFactors, Penalties
 from models.train.initial import positions
 from tests.support.qer_cases import (
     OFF,
@@ -130,13 +130,6 @@ def test_float_factors_inside_the_rounding_are_merged_as_they_are_trained(
     assert torch.equal(penalties.overflow + codes, torch.tensor(wanted).float())
     if reach == 0:
         assert torch.equal(inside.merged().int(), base.codes)
-
-
-def test_codes_without_factors_have_nothing_to_train_or_lose() -> None:
-    fixed = FixedCodes(base_of("none"))
-    codes, penalties = whole(fixed)
-    assert torch.equal(codes, fixed.base.codes.float()) and torch.equal(fixed.merged().float(), codes)
-    assert penalties == Penalties() and not list(fixed.parameters())
 
 
 Loss = Callable[[Tensor, Penalties], Tensor]

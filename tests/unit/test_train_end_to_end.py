@@ -9,11 +9,10 @@ from models.errors import CalibrationError
 from models.llama.model import RMSNorm
 from models.quant.rtn import quantize_rtn
 from models.scheme import QuantScheme
-from models.train.codes import FixedCodes
 from models.train.end_to_end import ScaleTrainer
 from models.train.linear import TrainableLinear
 from models.train.loop import TrainingBatch
-from models.train.weight import MergedWeight
+from models.train.weight import ScaledWeight
 from models.types import LinearWeights
 
 WIDTH, VOCAB, TOKENS = 16, 300, 150
@@ -28,7 +27,7 @@ class Case:
         quantized = [quantize_rtn(weight, QuantScheme(3, -1)) for weight in self.dense]
         self.linears = {
             f"layers.{index}": TrainableLinear(
-                MergedWeight(FixedCodes.of(it), it, use_scales=True),
+                ScaledWeight(it, use_scales=True),
                 LinearWeights(it),
                 None,
                 torch.ones(WIDTH),

@@ -13,7 +13,7 @@ from models.quant.rtn import quantize_rtn
 from models.reconstruct.merge import round_shift
 from models.reconstruct.qer import Qer
 from models.scheme import QuantScheme
-from models.train.codes import FixedCodes, InsideRounding, IntegerFactors, TrainableCodes
+from models.train.codes import InsideRounding, IntegerFactors, TrainableCodes
 from models.train.initial import BuiltLinear, trainable_codes, trainable_linear
 from models.types import InputStatistics, LinearWeights, QuantizedWeight
 from tests.support.qer_cases import OFF, SCHEMES, input_statistics, off_grid_layer, qer, whole
@@ -72,8 +72,6 @@ def test_float_factors_start_at_a_product_of_nothing(scheme: QuantScheme) -> Non
     assert isinstance(inside, InsideRounding)
     assert torch.equal(inside.merged(), quantized.codes)
     assert not inside.lora_up.any() and inside.lora_down.any()
-    fixed = trainable_codes(qer("none", 0), weight, quantized, input_statistics(IN), generator())
-    assert isinstance(fixed, FixedCodes) and torch.equal(fixed.merged(), quantized.codes)
 
 
 def test_the_same_generator_gives_the_same_start_and_the_global_one_plays_no_part() -> None:

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 #include "wait.h"
@@ -54,36 +55,55 @@ inline BlockRun rank_run(const LinearTask& task, int strip) {
 }
 
 // acc[t][h] += sums of kRows rows of x with one block of codes, h the half of the strip.
+// One sum takes the latency of an instruction per line: few rows have several sums each, which add up to the same.
 template <class S, int kBits, int kRows>
 QERVE_INLINE void add_products(const uint8_t* codes, int block, const int8_t* x, int64_t stride, typename S::I (&acc)[kRows][2]) {
     constexpr int kFields = 8 / kBits;
-    constexpr int kMask = kBits;
-    for (int c = 0; c < block; c += 4 * kFields, codes += 128) {
-        const typename S::B first = S::load_bytes(codes);
-        const typename S::B second = S::load_bytes(codes + 64);
-        const auto multiply = [&](typename S::B low, typename S::B high, int field) {
-            QERVE_UNROLL_ROWS
-            for (int t = 0; t < kRows; ++t) {
-                const int8_t* four = x + t * stride + c + 4 * field;
-                if constexpr (kBits == 8) {
-                    acc[t][0] = S::dot(acc[t][0], low, four);
-                    acc[t][1] = S::dot(acc[t][1], high, four);
-                } else {
-                    acc[t][0] = S::dot_small(acc[t][0], low, four);
-                    acc[t][1] = S::dot_small(acc[t][1], high, four);
-                }
+    constexpr int kSums = S::kAccumulators >= 24 && kRows <= 2 ? 4 / kRows : 1;
+    typename S::I more[kSums][kRows][2];
+    for (int i = 1; i < kSums; ++i) {
+        QERVE_UNROLL_ROWS
+        for (int t = 0; t < kRows; ++t) more[i][t][0] = more[i][t][1] = S::zero_i();
+    }
+    const auto multiply = [&](auto number, typename S::B low, typename S::B high, int channel) {
+        constexpr int kSum = decltype(number)::value % kSums;
+        QERVE_UNROLL_ROWS
+        for (int t = 0; t < kRows; ++t) {
+            typename S::I(&sums)[2] = kSum == 0 ? acc[t] : more[kSum][t];
+            sums[0] = S::dot(sums[0], low, x + t * stride + channel);
+            sums[1] = S::dot(sums[1], high, x + t * stride + channel);
+        }
+    };
+    // two lines of each half at a time, all fields of each
+    const auto multiply_line = [&](auto line, int channel) {
+        constexpr int kLine = decltype(line)::value;
+        const typename S::B first = S::load_bytes(codes + kLine * 128);
+        const typename S::B second = S::load_bytes(codes + kLine * 128 + 64);
+        const auto field = [&](auto number) {
+            constexpr int kField = decltype(number)::value;
+            if constexpr (kBits == 8) {
+                multiply(std::integral_constant<int, kLine>(), first, second, channel);
+            } else if constexpr (kField < kFields) {
+                multiply(std::integral_constant<int, kLine * kFields + kField>(),
+                         S::template field<(kField * kBits) % 8, kBits>(first),
+                         S::template field<(kField * kBits) % 8, kBits>(second), channel + 4 * kField);
             }
         };
-        if constexpr (kBits == 8) {
-            multiply(first, second, 0);
-        } else if constexpr (kBits == 4) {
-            multiply(S::template field<0, kMask>(first), S::template field<0, kMask>(second), 0);
-            multiply(S::template field<4, kMask>(first), S::template field<4, kMask>(second), 1);
-        } else {
-            multiply(S::template field<0, kMask>(first), S::template field<0, kMask>(second), 0);
-            multiply(S::template field<2, kMask>(first), S::template field<2, kMask>(second), 1);
-            multiply(S::template field<4, kMask>(first), S::template field<4, kMask>(second), 2);
-            multiply(S::template field<6, kMask>(first), S::template field<6, kMask>(second), 3);
+        field(std::integral_constant<int, 0>());
+        if constexpr (kBits < 8) field(std::integral_constant<int, 1>());
+        if constexpr (kBits < 4) {
+            field(std::integral_constant<int, 2>());
+            field(std::integral_constant<int, 3>());
+        }
+    };
+    for (int c = 0; c < block; c += 8 * kFields, codes += 256) {
+        multiply_line(std::integral_constant<int, 0>(), c);
+        multiply_line(std::integral_constant<int, 1>(), c + 4 * kFields);
+    }
+    for (int i = 1; i < kSums; ++i) {
+        QERVE_UNROLL_ROWS
+        for (int t = 0; t < kRows; ++t) {
+            for (int h = 0; h < 2; ++h) acc[t][h] = S::add_i(acc[t][h], more[i][t][h]);
         }
     }
 }
@@ -173,6 +193,9 @@ inline void add_blocks(const BlockRun& run, int64_t row, typename S::F (&total)[
             data += header_bytes(kHasZeros);
             left = run.blocks_per_group;
         }
+        // The processor's own prefetcher stops at pages and starts late: strips are short.
+        const uint8_t* following = data + code_bytes(kBits, run.block) + header_bytes(kHasZeros);
+        for (int64_t line = 0; line < code_bytes(kBits, run.block); line += 64) __builtin_prefetch(following + line);
         add_block<S, kBits, kRows, kIsWide, kHasZeros>(run, data, header, input_block(run, b), row, total);
         data += code_bytes(kBits, run.block);
     }

@@ -1,0 +1,110 @@
+"""How a loaded network is to run, as an operator chooses it, and how it then does."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import KernelError
+from ..kernels.base import KernelBackend
+from ..kernels.native.backend import NativeBackend
+from ..kernels.native.describe import describe_native
+from ..kernels.native.inputs import ActivationBits
+from ..llama.fuse import Unfused, fuse
+from ..llama.model import LlamaForCausalLM
+from ..llama.native import NativeLlama
+from ..llama.network import Network
+from ..types import QuantizedWeight
+
+logger = logging.getLogger("qerve.load")
+
+Activations: TypeAlias = Literal["auto", "8", "16"]
+CacheDtype: TypeAlias = Literal["auto", "fp16", "int8"]
+_CACHE_DTYPES = {"auto": torch.float16, "fp16": torch.float16, "int8": torch.int8}
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What an operator may choose about the kernels.
+
+    backend:        ``auto``, or the name of the kernel backend to run every layer
+    activations:    bits to which the native kernels round inputs that the artifact leaves unquantized; auto: 8
+    kv_cache_dtype: of the key-value cache; auto: fp16 on the native kernels, else the type of the activations
+    """
+
+    backend: str = "auto"
+    activations: Activations = "auto"
+    kv_cache_dtype: CacheDtype = "auto"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("activations", self.activations, get_args(Activations)),
+            ("kv_cache_dtype", self.kv_cache_dtype, get_args(CacheDtype)),
+        ):
+            if value not in known:
+                raise KernelError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+
+    @property
+    def activation_bits(self) -> ActivationBits:
+        """Bits for the native backend."""
+        return 16 if self.activations == "16" else 8
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How a network runs.
+
+    native:  what the native kernels are here, in words; empty where they were not asked for
+    unfused: why they do not run all of it as one list of operators; None: they do
+    """
+
+    native: dict[str, str]
+    unfused: str | None
+
+    def rows(self) -> dict[str, str]:
+        """Name -> value of a table."""
+        network = "one list of native operators" if self.unfused is None else f"layer by layer: {self.unfused}"
+        return self.native | {"network": network}
+
+
+def run_natively(
+    model: LlamaForCausalLM,
+    embedding: Tensor | QuantizedWeight,
+    backends: Sequence[KernelBackend],
+    options: RunOptions,
+) -> tuple[Network, Execution]:
+    """``model`` over the native kernels as one list of operators, or as it is where that is not possible.
+
+    Raises:
+        KernelError: the cache that was asked for cannot be had.
+    """
+    native = describe_backends(backends)
+    try:
+        return fuse(model, embedding, _CACHE_DTYPES[options.kv_cache_dtype]), Execution(native, None)
+    except Unfused as reason:
+        unfused = str(reason)
+    if options.kv_cache_dtype == "int8":
+        raise KernelError(f"kv_cache_dtype int8 is for the native kernels, which cannot run this network: {unfused}")
+    if options.kv_cache_dtype == "fp16":
+        model.cache_dtype = torch.float16
+    return model, Execution(native, unfused)
+
+
+def describe_backends(backends: Sequence[KernelBackend]) -> dict[str, str]:
+    """What the native one of ``backends`` is here; empty without one."""
+    return next((describe_native(backend) for backend in backends if isinstance(backend, NativeBackend)), {})
+
+
+def warn_if_missing(backends: Sequence[KernelBackend], device: torch.device) -> None:
+    """One warning where the native kernels would run, were they there: everything still works, several times slower."""
+    for backend in backends:
+        if isinstance(backend, NativeBackend) and isinstance(backend.runtime, str) and device.type == "cpu":
+            logger.warning("running without native kernels, several times slower: %s", backend.runtime)
+
+
+def resident_bytes(network: Network, prepared: dict[str, int]) -> dict[str, int]:
+    """Bytes in memory by component: of a fused network its own account, else what the layers' backends keep."""
+    return network.weights.resident_bytes if isinstance(network, NativeLlama) else prepared
