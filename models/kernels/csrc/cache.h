@@ -86,10 +86,10 @@ private:
             F poisoned = Simd::zero();
             const Grid grid = Grids<Simd>::choose(op.activation, x + start, length, poisoned);
             const bool is_poisoned = Grids<Simd>::is_poisoned(poisoned);
-            const F scale = Simd::set1(grid.scale);
+            const typename Grids<Simd>::Rounder rounder(grid);
             const F factor = Simd::set1(is_poisoned ? std::numeric_limits<float>::quiet_NaN() : grid.scale);
             for (int64_t i = start; i < start + length; i += kLanes) {
-                const I code = Grids<Simd>::round(grid, scale, Simd::load(x + i));
+                const I code = rounder.round(Simd::load(x + i));
                 Simd::store(x + i, Simd::mul(Simd::to_float(code), factor));
             }
         }
@@ -100,8 +100,8 @@ private:
         const qerve_activation activation = {QERVE_ACTIVATION_8, 8, 0, 1, 0, 1.0f};
         F poisoned = Simd::zero();
         const Grid grid = Grids<Simd>::choose(activation, x, n, poisoned);
-        const F scale = Simd::set1(grid.scale);
-        for (int32_t i = 0; i < n; i += kLanes) Simd::store_i8(codes + i, Grids<Simd>::round(grid, scale, Simd::load(x + i)));
+        const typename Grids<Simd>::Rounder rounder(grid);
+        for (int32_t i = 0; i < n; i += kLanes) Simd::store_i8(codes + i, rounder.round(Simd::load(x + i)));
         return Grids<Simd>::is_poisoned(poisoned) ? std::numeric_limits<float>::quiet_NaN() : grid.scale;
     }
 

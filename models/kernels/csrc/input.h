@@ -173,10 +173,10 @@ private:
 
     static void round_block(const Grid& grid, const float* x, const Codes& codes, int64_t row, int64_t block) {
         const int64_t start = row * codes.stride + block * codes.block;
-        const F scale = Simd::set1(grid.scale);
+        const typename Grids<Simd>::Rounder rounder(grid);
         I sum = Simd::zero_i();
         for (int32_t i = 0; i < codes.block; i += kLanes) {
-            const I code = Grids<Simd>::round(grid, scale, Simd::load(x + i));
+            const I code = rounder.round(Simd::load(x + i));
             sum = Simd::add_i(sum, code);
             if (codes.lo == nullptr) {
                 Simd::store_i8(codes.hi + start + i, code);

@@ -1,6 +1,7 @@
 // One step: every thread walks through the operators, takes shares of each, and meets the others in between.
 #include <algorithm>
 #include <cstdio>
+#include <string>
 #include <vector>
 
 #include "context.h"
@@ -12,6 +13,7 @@ namespace {
 
 constexpr int kRowsTogether = 256;  // rows of a linear unit: their codes stay in the second-level cache
 constexpr int kReducedRowsTogether = 64;
+constexpr int kMaxParts = 8;  // weights of a linear operator
 
 struct Tile {
     int32_t sequence, row_begin, row_end;
@@ -207,7 +209,6 @@ void Step::linear(const qerve_linear_op& op, int thread) {
         float* rows = nullptr;
         int num_blocks = 0, strips = 0;
     };
-    constexpr int kMaxParts = 8;
     Part parts[kMaxParts];
     const int reduced_chunks = (rows + kReducedRowsTogether - 1) / kReducedRowsTogether;
     const int chunks = (rows + kRowsTogether - 1) / kRowsTogether;
@@ -348,19 +349,46 @@ void Step::attention(const qerve_attention_op& op, int thread) {
         has_only_decodes_ ? 1 << 30 : 1);
 }
 
-bool find_problem(const qerve_op* ops, int num_ops, const qerve_step& step, char* error, int size) {
-    for (int i = 0; i < num_ops; ++i) {
-        if (ops[i].kind != QERVE_OP_EMBED) continue;
-        const auto& op = *static_cast<const qerve_embed_op*>(ops[i].args);
-        for (int row = 0; row < step.num_tokens; ++row) {
-            if (step.token_ids[row] < 0 || step.token_ids[row] >= op.vocab_size) {
-                std::snprintf(error, static_cast<size_t>(size), "token id %d in row %d is not one of the %d in the vocabulary",
-                              step.token_ids[row], row, op.vocab_size);
-                return true;
-            }
+// What would lead outside of the caller's memory, as far as the operators tell; "" where nothing would.
+std::string problem_with(const qerve_embed_op& op, const qerve_step& step) {
+    for (int row = 0; row < step.num_tokens; ++row) {
+        const int32_t token = step.token_ids[row];
+        if (token >= 0 && token < op.vocab_size) continue;
+        return "token id " + std::to_string(token) + " in row " + std::to_string(row) + " is not one of the " +
+               std::to_string(op.vocab_size) + " in the vocabulary";
+    }
+    return "";
+}
+
+std::string problem_with(const qerve_linear_op& op) {
+    if (op.num_parts < 1 || op.num_parts > kMaxParts) return "a linear operator takes 1 to 8 weights";
+    if (op.mode == QERVE_OUTPUT_SWIGLU && op.num_parts != 2) return "a SwiGLU takes two weights";
+    for (int p = 0; p < op.num_parts; ++p) {
+        if (op.parts[p]->in_features != op.input.in_features || op.parts[p]->block != op.input.block) {
+            return "the weights of a linear operator do not fit its input";
         }
     }
-    return false;
+    return "";
+}
+
+std::string problem_with(const qerve_attention_op& op) {
+    if (op.head_dim < kLanes || op.head_dim % kLanes != 0) return "heads must have a multiple of 16 channels";
+    return op.num_heads % op.num_kv_heads != 0 ? "query heads must be a multiple of the key and value heads" : "";
+}
+
+std::string find_problem(const qerve_op* ops, int num_ops, const qerve_step& step) {
+    for (int i = 0; i < num_ops; ++i) {
+        const void* args = ops[i].args;
+        std::string problem;
+        switch (ops[i].kind) {
+            case QERVE_OP_EMBED: problem = problem_with(*static_cast<const qerve_embed_op*>(args), step); break;
+            case QERVE_OP_LINEAR: problem = problem_with(*static_cast<const qerve_linear_op*>(args)); break;
+            case QERVE_OP_ATTENTION: problem = problem_with(*static_cast<const qerve_attention_op*>(args)); break;
+            default: problem = "there is no operator of kind " + std::to_string(ops[i].kind);
+        }
+        if (!problem.empty()) return problem;
+    }
+    return "";
 }
 
 }  // namespace
@@ -369,7 +397,11 @@ bool find_problem(const qerve_op* ops, int num_ops, const qerve_step& step, char
 extern "C" int32_t qerve_run(qerve_context* context, const qerve_op* ops, int32_t num_ops, const qerve_step* step,
                              char* error, int32_t error_size) {
     if (step->num_tokens == 0) return 0;
-    if (qerve::find_problem(ops, num_ops, *step, error, error_size)) return -1;
+    const std::string problem = qerve::find_problem(ops, num_ops, *step);
+    if (!problem.empty()) {
+        std::snprintf(error, static_cast<size_t>(error_size), "%s", problem.c_str());
+        return -1;
+    }
     qerve::Step(*context, ops, num_ops, *step).run();
     return 0;
 }
