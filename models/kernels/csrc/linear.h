@@ -24,8 +24,8 @@ namespace qerve {
 
 constexpr int kHalf = 16;  // output rows of half a strip: the lanes of one sum
 
-inline int64_t header_bytes(bool has_zero_points) { return has_zero_points ? 128 : 64; }
-inline int64_t code_bytes(int storage_bits, int channels) { return int64_t{kStripRows} * channels * storage_bits / 8; }
+static inline int64_t header_bytes(bool has_zero_points) { return has_zero_points ? 128 : 64; }
+static inline int64_t code_bytes(int storage_bits, int channels) { return int64_t{kStripRows} * channels * storage_bits / 8; }
 
 // The blocks of one part of a strip: what the inner loop needs to know about them.
 struct BlockRun {
@@ -39,14 +39,14 @@ struct BlockRun {
     Codes input;
 };
 
-inline BlockRun main_run(const LinearTask& task, int strip) {
+static inline BlockRun main_run(const LinearTask& task, int strip) {
     const qerve_matrix& m = *task.matrix;
     return {m.strips + strip * m.strip_bytes, m.in_features / m.block, m.block, m.blocks_per_group,
             m.has_zero_points != 0, m.zero, m.multiplier, task.input};
 }
 
 // The low-rank blocks of a strip; num_blocks is 0 where there are none.
-inline BlockRun rank_run(const LinearTask& task, int strip) {
+static inline BlockRun rank_run(const LinearTask& task, int strip) {
     const qerve_matrix& m = *task.matrix;
     const int num_blocks = (m.rank + kRankBlock - 1) / kRankBlock;
     const int64_t bytes = num_blocks * (64 + code_bytes(8, kRankBlock));
@@ -115,13 +115,13 @@ struct InputBlock {
     int64_t index;  // of its scale
 };
 
-inline InputBlock input_block(const BlockRun& run, int b) {
+static inline InputBlock input_block(const BlockRun& run, int b) {
     const int64_t channel = int64_t{b} * run.block;
     return {channel, channel / run.input.block};
 }
 
 // Sum of the codes of one row over one block of the run.
-inline int32_t block_sum(const BlockRun& run, int64_t row, const InputBlock& at) {
+static inline int32_t block_sum(const BlockRun& run, int64_t row, const InputBlock& at) {
     if (run.input.block == run.block) return run.input.sum[run.input.at(row, at.index)];
     int32_t sum = 0;
     const int64_t start = row * run.input.stride + at.channel;

@@ -17,7 +17,7 @@ namespace qerve {
 constexpr int kSpins = 256;
 constexpr int kYields = 32;
 
-inline void relax() {
+static inline void relax() {
 #if defined(__x86_64__) || defined(_M_X64)
     _mm_pause();
 #elif defined(__aarch64__)
@@ -40,7 +40,7 @@ inline bool spin_until(Condition&& is_done) {
 }
 
 // The threads that work on what is waited for were running when they took it: they need no wake-up.
-inline void wait_for(const Progress& progress) {
+static inline void wait_for(const Progress& progress) {
     if (progress.count == nullptr) return;
     while (!spin_until([&] { return progress.count->load(std::memory_order_acquire) >= progress.target; })) {
     }
