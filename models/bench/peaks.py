@@ -1,5 +1,6 @@
 """What the machine can do at most: memory read by all threads, integer multiply-adds in registers."""
 
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -16,7 +17,9 @@ MAX_READ_BYTES = 1 << 30
 _LEAST_READ_BYTES = 1 << 29
 _COMPARED_ISAS = ("avx512-vnni", "avx-vnni")
 _FIRST_ITERATIONS = 10_000
-_SAMPLE_SECONDS = 0.03
+SAMPLE_SECONDS = 0.03
+"""Of one measurement of multiply-adds, at least."""
+_GROWTH = 4
 
 
 def multiply_metric(isa: str) -> str:
@@ -46,11 +49,19 @@ def _multiply_probe(runtime: Runtime) -> Probe:
 
 
 def _multiply_run(runtime: Runtime) -> Callable[[], tuple[float]]:
-    # The sets differ by a factor of a hundred: as many iterations as give a sample of the same length.
-    speed = runtime.peak_multiply_adds(_FIRST_ITERATIONS)
-    iterations = max(_FIRST_ITERATIONS, int(speed / runtime.num_threads * _SAMPLE_SECONDS / _PER_ITERATION))
+    iterations = enough_iterations(runtime.peak_multiply_adds)
     return lambda: (runtime.peak_multiply_adds(iterations),)
 
 
-_PER_ITERATION = 512
-"""Multiply-adds of one thread and iteration: eight registers of 64 bytes."""
+def enough_iterations(run: Callable[[int], object], clock: Callable[[], float] = time.perf_counter) -> int:
+    """Iterations that ``run`` takes ``SAMPLE_SECONDS`` for, at most four times as long.
+
+    Instruction sets differ by a factor of a thousand, and a sample that is too short measures how threads wake up.
+    """
+    iterations = _FIRST_ITERATIONS
+    while True:
+        started = clock()
+        run(iterations)
+        if clock() - started >= SAMPLE_SECONDS:
+            return iterations
+        iterations *= _GROWTH

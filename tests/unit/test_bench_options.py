@@ -3,6 +3,7 @@
 import pytest
 
 from models.bench.machine import MAX_LOAD, NoiseMeter, check_quiet, processor_name
+from models.bench.peaks import SAMPLE_SECONDS, enough_iterations
 from models.bench.random_model import SHAPES, check_memory, weight_bytes
 from models.errors import QerveError
 from service.bench.http_client import num_tokens_of
@@ -53,6 +54,19 @@ def test_the_processor_is_named(tmp_path, text, name):
         (tmp_path / "proc").mkdir()
         (tmp_path / "proc" / "cpuinfo").write_text(text)
     assert processor_name(tmp_path) == name if name else processor_name(tmp_path)
+
+
+@pytest.mark.parametrize("seconds_each", [1e-3, 1e-6, 1e-9, 1e-12])
+def test_a_sample_is_long_enough_whatever_the_instruction_set(seconds_each):
+    wake_up, now = SAMPLE_SECONDS / 10, 0.0
+
+    def run(iterations):
+        nonlocal now
+        now += wake_up + iterations * seconds_each
+
+    iterations = enough_iterations(run, clock=lambda: now)
+    assert iterations * seconds_each >= 0.9 * SAMPLE_SECONDS * (1 - 1e-9)
+    assert iterations == 10_000 or iterations * seconds_each < 4 * SAMPLE_SECONDS
 
 
 @pytest.mark.parametrize(("shape", "billions"), [("tinyllama-1.1b", 1.10), ("llama-2-7b", 6.74)])
