@@ -38,6 +38,11 @@ class QuantizedWeight:
         """Columns of the weight."""
         return self.codes.shape[1]
 
+    def rows(self, rows: "slice | Tensor") -> "QuantizedWeight":
+        """These output rows alone, a slice or indices (n,)."""
+        zero_point = None if self.zero_point is None else self.zero_point[rows]
+        return QuantizedWeight(self.codes[rows], self.scale[rows], zero_point, self.scheme)
+
     @property
     def num_stored_bits(self) -> float:
         """Stored bits of codes, scales and zero points."""

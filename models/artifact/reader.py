@@ -3,11 +3,11 @@
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 from torch import Tensor
 
+from ..closing import Closing
 from ..errors import ArtifactError
 from ..llama.config import LlamaConfig
 from ..scheme import EMBEDDING, HEAD
@@ -63,7 +63,7 @@ class Description:
         return cls(root, manifest, config, hf_config, generation_config, tokenizer_files)
 
 
-class ArtifactReader:
+class ArtifactReader(Closing):
     """An open artifact. A context manager; tensors that were read stay valid after it is closed."""
 
     def __init__(self, description: Description, shards: dict[str, Shard], resources: ExitStack) -> None:
@@ -141,11 +141,3 @@ class ArtifactReader:
     def close(self) -> None:
         """Close the files."""
         self._resources.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -14,12 +14,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 from torch import Tensor
 
+from ..closing import Closing
 from .files import HASH_CHUNK_BYTES, atomic_file
 from .format import FileRecord, TensorRecord
 from .jsonio import canonical_json, damaged, parse_json_object
@@ -131,7 +130,7 @@ def _are_counts(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
 
 
-class Shard:
+class Shard(Closing):
     """A safetensors file, open for reading, its header checked. Not for several threads at a time.
 
     Raises:
@@ -148,14 +147,6 @@ class Shard:
         except BaseException:
             self._file.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file; tensors already read stay valid."""

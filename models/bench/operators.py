@@ -15,13 +15,20 @@ from torch import Tensor
 
 from ..kernels.native.factors import RANK_BLOCK
 from ..kernels.native.pack import PackedMatrix
-from ..kernels.native.program import AttentionShape, LinearCall, Program, StepInputs
+from ..kernels.native.program import LinearCall, Program, StepInputs
 from ..kernels.native.structs import CACHE_BLOCK, OutputMode
 from ..llama.batch import Batch, SequenceSpan
-from ..llama.native import STEP_ROWS, NativeLlama, NativeWeights, rotary_tables
+from ..llama.native import (
+    STEP_ROWS,
+    NativeLlama,
+    NativeWeights,
+    attention_shape,
+    buffer_widths,
+    rotary_tables,
+)
 from ..llama.native_cache import NativeKVCache
 from ..llama.native_layers import LinearGroup, NativeLayer
-from ..llama.native_steps import steps_of
+from ..llama.native_steps import num_blocks_for, steps_of
 from .probe import SECONDS, Probe
 from .strips import first_strip, matrices_of
 
@@ -76,7 +83,7 @@ class OperatorBench:
         self.phase = phase
         self._network = network
         self._evict = evict
-        blocks_each = -(-phase.context_len // CACHE_BLOCK)
+        blocks_each = num_blocks_for(phase.context_len)
         self._tables = [range(i * blocks_each, (i + 1) * blocks_each) for i in range(phase.num_sequences)]
         self._cache = network.new_cache(blocks_each * phase.num_sequences)
         self._rotary = rotary_tables(network.config, phase.context_len)
@@ -143,15 +150,7 @@ class OperatorBench:
             program.linear(group.matrices, group.inputs, x, y, columns=group.columns, norm=norm, mode=mode)
 
     def _add_attention(self, program: Program, index: int) -> None:
-        config = self._network.config
-        shape = AttentionShape(
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            config.window(index),
-            config.attention,
-        )
-        b = self._buffers
+        shape, b = attention_shape(self._network.config, index), self._buffers
         program.attention(shape, self._rotary, self._cache.layer(index), qkv=b.qkv, out=b.attended)
 
     def _add_inputs(self, program: Program, layer: NativeLayer) -> None:
@@ -180,15 +179,8 @@ class OperatorBench:
 
     def _random_buffers(self) -> _Buffers:
         config, num_rows = self._network.config, self.phase.num_rows
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         generator = torch.Generator().manual_seed(0)
-        widths = (
-            config.hidden_size,
-            (heads + 2 * kv_heads) * config.head_dim,
-            heads * config.head_dim,
-            config.intermediate_size,
-            config.hidden_size,
-        )
+        widths = (*buffer_widths(config), config.hidden_size)
         return _Buffers(*(torch.randn(num_rows, width, generator=generator) for width in widths))
 
     def _batch(self, num_new: int) -> Batch:
@@ -227,7 +219,7 @@ def _groups(layer: NativeLayer, operator: str) -> Sequence[LinearGroup]:
 def _linear_work(matrices: Sequence[PackedMatrix], num_rows: int) -> Work:
     products = 0
     for matrix in matrices:
-        rank = -(-matrix.struct.rank // RANK_BLOCK) * RANK_BLOCK
+        rank = matrix.num_rank_blocks * RANK_BLOCK
         down = rank * matrix.in_features if matrix.down is not None else 0
         products += matrix.out_features * (matrix.in_features + rank) + down
     return Work(sum(matrix.nbytes for matrix in matrices), num_rows * products)

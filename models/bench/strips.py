@@ -15,11 +15,10 @@ RANK_BLOCK_BYTES = STRIP_ROWS * (RANK_BLOCK + _SCALE_BYTES)
 
 def without_low_rank(matrix: PackedMatrix) -> PackedMatrix:
     """``matrix`` with rank 0, its strips moved together: the bytes that packing without the term gives."""
-    num_blocks = -(-matrix.struct.rank // RANK_BLOCK)
-    if not num_blocks:
+    if not matrix.num_rank_blocks:
         return matrix
     struct = Matrix.from_buffer_copy(matrix.struct)
-    struct.strip_bytes -= num_blocks * RANK_BLOCK_BYTES
+    struct.strip_bytes -= matrix.num_rank_blocks * RANK_BLOCK_BYTES
     strips = matrix.strips.view(-1, matrix.struct.strip_bytes)[:, : struct.strip_bytes].contiguous().flatten()
     struct.strips, struct.down, struct.rank, struct.up_multiplier = strips.data_ptr(), None, 0, 1.0
     return PackedMatrix(struct, strips, matrix.bias, None)
@@ -40,7 +39,7 @@ def has_low_rank(weights: NativeWeights) -> bool:
 
 def matrices_of(weights: NativeWeights) -> list[PackedMatrix]:
     """Every matrix that a step multiplies with."""
-    groups = [group for layer in weights.layers for group in (*layer.qkv, layer.o_proj, layer.gate_up, layer.down_proj)]
+    groups = (group for layer in weights.layers for group in layer.groups)
     return [matrix for group in groups for matrix in group.matrices] + [weights.head.weight]
 
 

@@ -12,11 +12,11 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import psutil
 
+from ..closing import Closing
 from .probe import ProbeError
 
 _WINDOW_SECONDS = 0.03
@@ -28,7 +28,7 @@ class WorkerError(ProbeError):
     """The worker ended, did not answer, or says that it cannot do what it was asked."""
 
 
-class Worker:
+class Worker(Closing):
     """A child process.
 
     Args:
@@ -51,14 +51,6 @@ class Worker:
         except OSError as error:
             self._errors.close()
             raise WorkerError(f"{name} cannot be started: {error}") from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def ask(self, **request: Any) -> Mapping[str, Any]:
         """The answer to ``request``.

@@ -152,13 +152,7 @@ class NativeLlama:
                     columns=group.columns,
                     norm=layer.input_norm,
                 )
-            shape = AttentionShape(
-                config.num_attention_heads,
-                config.num_key_value_heads,
-                config.head_dim,
-                config.window(index),
-                config.attention,
-            )
+            shape = attention_shape(config, index)
             program.attention(shape, self._rotary, cache.layer(index), qkv=buffers.qkv, out=buffers.attended)
             _add_onto(program, layer.o_proj, buffers.attended, buffers.hidden)
             program.linear(
@@ -190,18 +184,33 @@ class _Buffers:
 
     @classmethod
     def of(cls, config: LlamaConfig, num_rows: int) -> "_Buffers":
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        widths = (
-            config.hidden_size,
-            (heads + 2 * kv_heads) * config.head_dim,
-            heads * config.head_dim,
-            config.intermediate_size,
-        )
-        return cls(*(torch.empty(num_rows, width) for width in widths))
+        return cls(*(torch.empty(num_rows, width) for width in buffer_widths(config)))
 
     @property
     def num_rows(self) -> int:
         return len(self.hidden)
+
+
+def attention_shape(config: LlamaConfig, layer_index: int) -> AttentionShape:
+    """Heads of decoder layer ``layer_index``, and what they see."""
+    return AttentionShape(
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.window(layer_index),
+        config.attention,
+    )
+
+
+def buffer_widths(config: LlamaConfig) -> tuple[int, int, int, int]:
+    """Columns of what operators hand to each other: the residual, q k v, what was attended, what goes into down."""
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    return (
+        config.hidden_size,
+        (heads + 2 * kv_heads) * config.head_dim,
+        heads * config.head_dim,
+        config.intermediate_size,
+    )
 
 
 def _add_onto(program: Program, group: LinearGroup, x: Tensor, residual: Tensor) -> None:

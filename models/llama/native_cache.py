@@ -7,9 +7,9 @@ values lie token by token. 8-bit caches have one float32 scale per token and hea
 import torch
 
 from ..kernels.native.program import CacheLayer
+from ..kernels.native.structs import CACHE_BLOCK
 from .config import LlamaConfig
 
-BLOCK_SIZE = 16
 _SCALE_BYTES = 4
 
 
@@ -21,7 +21,7 @@ class NativeKVCache:
         which serves a batch of whole sequences that is run once
     """
 
-    block_size = BLOCK_SIZE
+    block_size = CACHE_BLOCK
     has_block_tables = True
 
     def __init__(
@@ -32,22 +32,22 @@ class NativeKVCache:
         heads, channels = config.num_key_value_heads, config.head_dim
         shape = (num_layers or config.num_hidden_layers, num_blocks, heads)
         # Not zeroed: the system then backs a block with memory when it is first written, not before.
-        self._keys = torch.empty(*shape, channels, BLOCK_SIZE, dtype=dtype)
-        self._values = torch.empty(*shape, BLOCK_SIZE, channels, dtype=dtype)
+        self._keys = torch.empty(*shape, channels, CACHE_BLOCK, dtype=dtype)
+        self._values = torch.empty(*shape, CACHE_BLOCK, channels, dtype=dtype)
         has_scales = dtype == torch.int8
-        self._key_scale = torch.empty(*shape, BLOCK_SIZE) if has_scales else None
-        self._value_scale = torch.empty(*shape, BLOCK_SIZE) if has_scales else None
+        self._key_scale = torch.empty(*shape, CACHE_BLOCK) if has_scales else None
+        self._value_scale = torch.empty(*shape, CACHE_BLOCK) if has_scales else None
 
     @staticmethod
     def bytes_per_block(config: LlamaConfig, dtype: torch.dtype = torch.float16) -> int:
         """Bytes that one block takes, keys and values of all layers together."""
         per_head = config.head_dim * dtype.itemsize + (_SCALE_BYTES if dtype == torch.int8 else 0)
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * per_head * BLOCK_SIZE
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * per_head * CACHE_BLOCK
 
     @property
     def num_slots(self) -> int:
         """Tokens that fit."""
-        return self.num_blocks * BLOCK_SIZE
+        return self.num_blocks * CACHE_BLOCK
 
     @property
     def nbytes(self) -> int:

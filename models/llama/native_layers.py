@@ -50,9 +50,14 @@ class NativeLayer:
     down_proj: LinearGroup
 
     @property
+    def groups(self) -> tuple[LinearGroup, ...]:
+        """All of its linear layers, in the order in which they run."""
+        return (*self.qkv, self.o_proj, self.gate_up, self.down_proj)
+
+    @property
     def linear_bytes(self) -> int:
         """Bytes of its seven linear layers."""
-        return sum(group.nbytes for group in (*self.qkv, self.o_proj, self.gate_up, self.down_proj))
+        return sum(group.nbytes for group in self.groups)
 
     @property
     def norm_bytes(self) -> int:

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from ..kernels.native.program import StepInputs
+from ..kernels.native.structs import CACHE_BLOCK
 from .batch import Batch, SequenceSpan
-from .native_cache import BLOCK_SIZE, NativeKVCache
+from .native_cache import NativeKVCache
 
 
 def num_blocks_for(num_tokens: int) -> int:
     """Cache blocks that ``num_tokens`` tokens take."""
-    return -(-num_tokens // BLOCK_SIZE)
+    return -(-num_tokens // CACHE_BLOCK)
 
 
 def given_tables(batch: Batch, cache: NativeKVCache) -> list[Sequence[int]]:

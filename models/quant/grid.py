@@ -80,8 +80,7 @@ def dequantize(quantized: QuantizedWeight) -> Tensor:
 
 def dequantize_rows(quantized: QuantizedWeight, indices: Tensor) -> Tensor:
     """Rows ``indices`` (n,) of ``dequantize(quantized)`` without the others: (n, in_features) float32."""
-    zero_point = None if quantized.zero_point is None else quantized.zero_point[indices]
-    return dequantize(QuantizedWeight(quantized.codes[indices], quantized.scale[indices], zero_point, quantized.scheme))
+    return dequantize(quantized.rows(indices))
 
 
 def grouped(values: Tensor, scheme: QuantScheme) -> Tensor:

@@ -102,10 +102,11 @@ class Bench:
             self._missing["http"] = str(error)
 
     def _kernels(self) -> Iterator[Probe]:
+        if "kernels" not in self._options.sections:
+            return
         network = self._subject.network
-        if "kernels" not in self._options.sections or not isinstance(network, NativeLlama):
-            if "kernels" in self._options.sections:
-                self._missing["kernels"] = self._subject.unmeasured or ""
+        if not isinstance(network, NativeLlama):
+            self._missing["kernels"] = self._subject.unmeasured or ""
             return
         for phase in self._phases():
             bench = OperatorBench(network, phase, self._read)

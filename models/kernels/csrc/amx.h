@@ -115,6 +115,20 @@ inline Unpacked unpack_run(const BlockRun& run, int bits, uint8_t* out) {
 constexpr int kBlocksTogether = 8;
 constexpr int64_t kSumsInts = int64_t{kBlocksTogether} * 2 * kTileRows * kHalf;
 
+// Both halves of a block, in the tiles of these numbers: sums of either, rows, weights.
+#define QERVE_BLOCK_IN_TILES(FIRST, SECOND, ROWS, WEIGHTS)     \
+    do {                                                       \
+        _tile_loadd(ROWS, rows, stride);                       \
+        _tile_loadd(WEIGHTS, tile, 64);                        \
+        _tile_zero(FIRST);                                     \
+        _tile_dpbssd(FIRST, ROWS, WEIGHTS);                    \
+        _tile_loadd(WEIGHTS, tile + kTileBytes, 64);           \
+        _tile_zero(SECOND);                                    \
+        _tile_dpbssd(SECOND, ROWS, WEIGHTS);                   \
+        _tile_stored(FIRST, to, 64);                           \
+        _tile_stored(SECOND, to + kTileRows * kHalf, 64);      \
+    } while (false)
+
 inline void tile_sums(const BlockRun& run, const int8_t* x, const int8_t* weights, int first, int count, int32_t* sums) {
     const int64_t stride = run.input.stride;
     for (int i = 0; i < count; ++i) {
@@ -122,28 +136,13 @@ inline void tile_sums(const BlockRun& run, const int8_t* x, const int8_t* weight
         const int8_t* tile = weights + int64_t{2} * (first + i) * kTileBytes;
         int32_t* to = sums + int64_t{i} * 2 * kTileRows * kHalf;
         if (i & 1) {
-            _tile_loadd(5, rows, stride);
-            _tile_loadd(7, tile, 64);
-            _tile_zero(2);
-            _tile_dpbssd(2, 5, 7);
-            _tile_loadd(7, tile + kTileBytes, 64);
-            _tile_zero(3);
-            _tile_dpbssd(3, 5, 7);
-            _tile_stored(2, to, 64);
-            _tile_stored(3, to + kTileRows * kHalf, 64);
+            QERVE_BLOCK_IN_TILES(2, 3, 5, 7);
         } else {
-            _tile_loadd(4, rows, stride);
-            _tile_loadd(6, tile, 64);
-            _tile_zero(0);
-            _tile_dpbssd(0, 4, 6);
-            _tile_loadd(6, tile + kTileBytes, 64);
-            _tile_zero(1);
-            _tile_dpbssd(1, 4, 6);
-            _tile_stored(0, to, 64);
-            _tile_stored(1, to + kTileRows * kHalf, 64);
+            QERVE_BLOCK_IN_TILES(0, 1, 4, 6);
         }
     }
 }
+#undef QERVE_BLOCK_IN_TILES
 
 template <bool kIsWide>
 inline void scale_sums(const BlockRun& run, const Unpacked& unpacked, int half, int first, int count, int64_t row,

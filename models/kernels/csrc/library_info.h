@@ -2,21 +2,11 @@
 #ifndef QERVE_LIBRARY_INFO_H
 #define QERVE_LIBRARY_INFO_H
 
-#include <stdint.h>
-
-#ifndef QERVE_EXPORT
-#define QERVE_EXPORT __attribute__((visibility("default")))
-#endif
-#ifndef QERVE_ABI_VERSION
-#define QERVE_ABI_VERSION 1
-#endif
+#include "qerve_cpu.h"
 
 #ifdef __cplusplus
 extern "C" {
 #endif
-
-/* Grows with every change that a caller of an older library would notice. */
-QERVE_EXPORT int32_t qerve_abi_version(void);
 
 /* Name of the best instruction set that is compiled in and runs here. */
 QERVE_EXPORT const char* qerve_isa_best(void);

@@ -57,18 +57,13 @@ private:
 
 int num_strips(const qerve_matrix& matrix) { return (matrix.out_features + kStripRows - 1) / kStripRows; }
 
-// Memory that one linear operator shares among threads: codes of its input, and of each part its reduced rows.
-struct LinearLayout {
-    LinearLayout(const qerve_linear_op& op, int64_t num_rows)
-        : input(num_rows, op.input.in_features, op.input.block, needs_wide(op.input.activation)) {
-        for (int p = 0; p < op.num_parts; ++p) {
-            const qerve_matrix& matrix = *op.parts[p];
-            rank_blocks.push_back(matrix.down == nullptr ? 0 : num_strips(*matrix.down));
-        }
-    }
-    CodesLayout input;
-    std::vector<int> rank_blocks;
-};
+// Codes of the input of one linear operator.
+CodesLayout input_layout(const qerve_linear_op& op, int64_t num_rows) {
+    return {num_rows, op.input.in_features, op.input.block, needs_wide(op.input.activation)};
+}
+
+// Of the first product of a low-rank term: 32 components each; 0 where the input's first channels are taken as they are.
+int rank_blocks(const qerve_matrix& matrix) { return matrix.down == nullptr ? 0 : num_strips(*matrix.down); }
 
 class Step {
 public:
@@ -136,12 +131,7 @@ private:
         });
     }
 
-    int num_rows(const qerve_linear_op& op) const {
-        return op.rows == QERVE_ROWS_LOGITS ? step_.num_logit_rows : step_.num_tokens;
-    }
-
     void linear(const qerve_linear_op& op, int thread);
-    void multiply(const qerve_linear_op& op, const LinearTask& task, int part, uint8_t* scratch);
     void attention(const qerve_attention_op& op, int thread);
     void reserve();
 
@@ -155,9 +145,10 @@ private:
 };
 
 // Bytes of the reduced rows of one part: as they come out of the first product, then as codes.
-int64_t reduced_bytes(int64_t num_rows, int rank_blocks) {
-    return aligned(num_rows * rank_blocks * kRankBlock * 4) +
-           CodesLayout(num_rows, rank_blocks * kRankBlock, kRankBlock, true).num_bytes();
+int64_t reduced_bytes(int64_t num_rows, int num_blocks) {
+    if (num_blocks == 0) return 0;
+    return aligned(num_rows * num_blocks * kRankBlock * 4) +
+           CodesLayout(num_rows, num_blocks * kRankBlock, kRankBlock, true).num_bytes();
 }
 
 int64_t unit_bytes(const qerve_linear_op& op, int num_rows) {
@@ -169,11 +160,10 @@ void Step::reserve() {
     for (int i = 0; i < num_ops_; ++i) {
         if (ops_[i].kind == QERVE_OP_LINEAR) {
             const auto& op = *static_cast<const qerve_linear_op*>(ops_[i].args);
-            const int rows = num_rows(op);
-            const LinearLayout layout(op, rows);
-            int64_t bytes = layout.input.num_bytes(), kernel = 0;
+            const int rows = step_.num_tokens;
+            int64_t bytes = input_layout(op, rows).num_bytes(), kernel = 0;
             for (int p = 0; p < op.num_parts; ++p) {
-                if (layout.rank_blocks[p] > 0) bytes += reduced_bytes(rows, layout.rank_blocks[p]);
+                bytes += reduced_bytes(rows, rank_blocks(*op.parts[p]));
                 kernel = std::max(kernel, kernels_.linear_scratch_bytes(*op.parts[p]));
                 if (op.parts[p]->down) kernel = std::max(kernel, kernels_.linear_scratch_bytes(*op.parts[p]->down));
             }
@@ -188,18 +178,16 @@ void Step::reserve() {
 }
 
 void Step::linear(const qerve_linear_op& op, int thread) {
-    const int rows = num_rows(op);
-    if (rows == 0) return;
-    const LinearLayout layout(op, rows);
+    const int rows = step_.num_tokens;
+    const CodesLayout layout = input_layout(op, rows);
     uint8_t* memory = context_.shared.reserve(0);
     uint8_t* scratch = context_.scratch[static_cast<size_t>(thread)].reserve(0);
-    const Codes input = layout.input.at(memory);
-    memory += layout.input.num_bytes();
+    const Codes input = layout.at(memory);
+    memory += layout.num_bytes();
 
     share(rows, [&](int begin, int end) {
         for (int row = begin; row < end; ++row) {
-            const int64_t source = op.rows == QERVE_ROWS_LOGITS ? step_.logit_rows[row] : row;
-            kernels_.quantize_row(op.input, op.x + source * op.ldx, row, input, reinterpret_cast<float*>(scratch));
+            kernels_.quantize_row(op.input, op.x + row * op.ldx, row, input, reinterpret_cast<float*>(scratch));
         }
     });
 
@@ -218,7 +206,7 @@ void Step::linear(const qerve_linear_op& op, int thread) {
         Part& part = parts[p];
         part.strips = num_strips(*op.parts[p]);
         part.reduced = input;
-        part.num_blocks = layout.rank_blocks[static_cast<size_t>(p)];
+        part.num_blocks = rank_blocks(*op.parts[p]);
         if (part.num_blocks > 0) {
             part.rows = reinterpret_cast<float*>(memory);
             const int64_t floats = aligned(int64_t{rows} * part.num_blocks * kRankBlock * 4);

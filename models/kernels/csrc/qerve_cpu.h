@@ -96,19 +96,16 @@ enum qerve_output_mode {
     QERVE_OUTPUT_SWIGLU = 2, /* parts are gate and up of equal shape: silu(gate) * up is stored */
 };
 
-enum qerve_rows { QERVE_ROWS_ALL = 0, QERVE_ROWS_LOGITS = 1 };
-
 typedef struct qerve_linear_op {
     qerve_input input;
     const float* x; /* (num_tokens, ldx) */
-    float* y;       /* (num_rows, ldy) */
+    float* y;       /* (num_tokens, ldy) */
     const qerve_matrix* const* parts;
     const int32_t* columns; /* first output column of each part */
     int64_t ldx;
     int64_t ldy;
     int32_t num_parts;
     int32_t mode;
-    int32_t rows; /* LOGITS: of x only the rows in logit_rows, in that order */
 } qerve_linear_op;
 
 enum qerve_cache_type { QERVE_CACHE_F16 = 0, QERVE_CACHE_I8 = 1 };
@@ -164,15 +161,14 @@ typedef struct qerve_step {
     const int32_t* starts;       /* (num_sequences + 1,) first row of each sequence */
     const int32_t* context_lens; /* (num_sequences,) tokens in the cache when this step is done */
     const int32_t* block_tables; /* (num_sequences, table_stride) */
-    const int32_t* logit_rows;   /* (num_logit_rows,) */
     int32_t num_tokens;
     int32_t num_sequences;
-    int32_t num_logit_rows;
     int32_t table_stride;
 } qerve_step;
 
 typedef struct qerve_context qerve_context; /* worker threads, scratch memory, the chosen instruction set */
 
+/* Grows with every change that a caller of an older library would notice. */
 QERVE_EXPORT int32_t qerve_abi_version(void);
 
 /* Threads and the best instruction set, or the one named by `isa` (not NULL). NULL with a text in `error` on failure. */

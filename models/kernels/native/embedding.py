@@ -28,7 +28,7 @@ class EmbeddingTable:
         if isinstance(weight, Tensor):
             return cls(weight.detach().contiguous())
         chunks = [
-            _rows(weight, slice(start, start + _ROWS_AT_ONCE)) for start in range(0, weight.out_features, _ROWS_AT_ONCE)
+            weight.rows(slice(start, start + _ROWS_AT_ONCE)) for start in range(0, weight.out_features, _ROWS_AT_ONCE)
         ]
         if _fits_bytes(weight):
             return cls(torch.cat([_signed(chunk) for chunk in chunks]), weight.scale.float().contiguous())
@@ -38,11 +38,6 @@ class EmbeddingTable:
     def nbytes(self) -> int:
         """Bytes that the table keeps resident."""
         return self.rows.nbytes + (0 if self.scale is None else self.scale.nbytes)
-
-
-def _rows(weight: QuantizedWeight, rows: slice) -> QuantizedWeight:
-    zero_point = None if weight.zero_point is None else weight.zero_point[rows]
-    return QuantizedWeight(weight.codes[rows], weight.scale[rows], zero_point, weight.scheme)
 
 
 def _fits_bytes(weight: QuantizedWeight) -> bool:

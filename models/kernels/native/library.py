@@ -12,8 +12,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from .environment import NativeEnvironment
+from .structs import ABI_VERSION
 
-ABI_VERSION = 1
 DISTRIBUTION = "qerve"
 PACKAGE_FOLDER = Path("models", "kernels")
 LIBRARY_NAME = "_qerve_cpu.so"

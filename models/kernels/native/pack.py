@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...types import LinearWeights, QuantizedWeight
-from .factors import ByteCodes, ByteFactors, byte_factors, to_bytes
+from .factors import RANK_BLOCK, ByteCodes, ByteFactors, byte_factors, to_bytes
 from .runtime import Runtime
 from .structs import ALIGNMENT, STRIP_ROWS, Matrix, Source
 
@@ -97,6 +97,11 @@ class PackedMatrix:
         return int(self.struct.block)
 
     @property
+    def num_rank_blocks(self) -> int:
+        """Blocks of 32 components at the end of each strip."""
+        return -(-int(self.struct.rank) // RANK_BLOCK)
+
+    @property
     def address(self) -> int:
         """Where the structure lies."""
         return ctypes.addressof(self.struct)
@@ -139,7 +144,7 @@ def pack_dense(runtime: Runtime, weight: Tensor) -> PackedMatrix:
     Raises:
         KernelError: the kernels cannot hold this weight.
     """
-    block = WIDE_BLOCK if weight.shape[1] % WIDE_BLOCK == 0 else NARROW_BLOCK
+    block = _dense_block(weight.shape[1])
     chunks = [to_bytes(rows, block) for rows in torch.split(weight, max(1, _ELEMENTS_AT_ONCE // weight.shape[1]))]
     values = ByteCodes(torch.cat([chunk.codes for chunk in chunks]), torch.cat([chunk.scale for chunk in chunks]))
     return pack_matrix(runtime, CodedMatrix.of_bytes(values), block)
@@ -147,9 +152,13 @@ def pack_dense(runtime: Runtime, weight: Tensor) -> PackedMatrix:
 
 def dense_nbytes(out_features: int, in_features: int) -> int:
     """Bytes that ``pack_dense`` makes of a weight of this shape."""
-    block = WIDE_BLOCK if in_features % WIDE_BLOCK == 0 else NARROW_BLOCK
+    block = _dense_block(in_features)
     num_strips = -(-out_features // STRIP_ROWS)
     return num_strips * (in_features // block) * STRIP_ROWS * (_SCALE_BYTES + block)
+
+
+def _dense_block(in_features: int) -> int:
+    return widest_block(in_features) or NARROW_BLOCK
 
 
 def pack_matrix(

@@ -135,7 +135,6 @@ class LinearOp(ctypes.Structure):
         ("ldy", c_int64),
         ("num_parts", c_int32),
         ("mode", c_int32),
-        ("rows", c_int32),
     )
 
 
@@ -193,9 +192,7 @@ class Step(ctypes.Structure):
         ("starts", c_void_p),
         ("context_lens", c_void_p),
         ("block_tables", c_void_p),
-        ("logit_rows", c_void_p),
         ("num_tokens", c_int32),
         ("num_sequences", c_int32),
-        ("num_logit_rows", c_int32),
         ("table_stride", c_int32),
     )
