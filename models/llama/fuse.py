@@ -20,6 +20,7 @@ from .native import NativeLlama, NativeWeights
 from .native_layers import LinearGroup, NativeHead, NativeLayer, group_by_input, norm_of
 
 _HEAD_DIM_MULTIPLE = 16
+_MAX_HEAD_DIM = 256
 
 
 class Unfused(Exception):  # noqa: N818 it is not an error: the network runs, layer by layer
@@ -56,8 +57,11 @@ def obstacle_of(config: LlamaConfig, selections: Mapping[str, Selection]) -> str
     """What keeps a network from running as one list of operators, as far as its shape and ``selections`` tell."""
     if config.rope.rope_type == "dynamic":
         return "dynamic rotary embeddings turn with the length of the sequence, the kernels take fixed tables"
-    if config.head_dim % _HEAD_DIM_MULTIPLE:
-        return f"heads have {config.head_dim} channels, the kernels take multiples of {_HEAD_DIM_MULTIPLE}"
+    if config.head_dim % _HEAD_DIM_MULTIPLE or config.head_dim > _MAX_HEAD_DIM:
+        return (
+            f"heads have {config.head_dim} channels, the kernels take multiples of {_HEAD_DIM_MULTIPLE} "
+            f"up to {_MAX_HEAD_DIM}"
+        )
     if config.attention is not None and config.attention.format not in {"int", "mxint"}:
         return f"queries, keys and values are rounded to {config.attention.format}, the kernels take int and mxint"
     for path, selection in selections.items():

@@ -284,6 +284,23 @@ QERVE_TEST(weights_that_cannot_be_packed_are_refused_with_a_reason) {
     }
 }
 
+QERVE_TEST(heads_that_the_kernels_have_no_room_for_are_refused) {
+    ContextOf of("portable", 1);
+    for (const int32_t head_dim : {0, 8, 272}) {
+        qerve_attention_op op{};
+        op.num_heads = op.num_kv_heads = 1;
+        op.head_dim = head_dim;
+        const qerve_op ops[] = {{QERVE_OP_ATTENTION, &op}};
+        const int32_t starts[] = {0};  // no sequence: an operator that is let through does nothing
+        qerve_step step{};
+        step.starts = starts;
+        step.num_tokens = 1;
+        char error[200] = "";
+        CHECK_EQUAL(qerve_run(of.context, ops, 1, &step, error, sizeof error), -1);
+        CHECK(std::string(error).find("channels") != std::string::npos);
+    }
+}
+
 QERVE_TEST(tokens_outside_the_vocabulary_are_refused_and_nothing_is_written) {
     ContextOf of("portable", 1);
     const std::vector<float> table(2 * 16, 1.0f);

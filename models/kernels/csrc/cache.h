@@ -9,8 +9,6 @@
 
 namespace qerve {
 
-constexpr int kMaxHeadDim = 256;
-
 template <class Simd>
 struct Cache {
     using F = typename Simd::F;

@@ -16,6 +16,7 @@ namespace qerve {
 constexpr int kStripRows = QERVE_STRIP_ROWS;
 constexpr int kRankBlock = 32;
 constexpr int kCacheBlock = QERVE_CACHE_BLOCK;
+constexpr int kMaxHeadDim = 256;
 constexpr int kLanes = 16;
 
 // Rows of quantized activations. The value of channel c in row t is scale[at(t, c / block)] * code, and code is

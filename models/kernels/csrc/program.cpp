@@ -360,7 +360,9 @@ std::string problem_with(const qerve_linear_op& op) {
 }
 
 std::string problem_with(const qerve_attention_op& op) {
-    if (op.head_dim < kLanes || op.head_dim % kLanes != 0) return "heads must have a multiple of 16 channels";
+    if (op.head_dim < kLanes || op.head_dim % kLanes != 0 || op.head_dim > kMaxHeadDim) {
+        return "heads must have a multiple of 16 channels, at most " + std::to_string(kMaxHeadDim);
+    }
     return op.num_heads % op.num_kv_heads != 0 ? "query heads must be a multiple of the key and value heads" : "";
 }
 
