@@ -48,13 +48,8 @@ struct Attention {
         load_queries(task, tile);
         const int32_t first = first_seen(op, task.position);
         const int32_t last = task.position + (task.row_end - task.row_begin) - 1;
-        for (int32_t start = first / kKeys * kKeys; start <= last; start += kKeys) {
-            if (op.cache_type == QERVE_CACHE_I8) {
-                attend_keys(tile, cached<int8_t>(task, start, first, last), start);
-            } else {
-                attend_keys(tile, cached<uint16_t>(task, start, first, last), start);
-            }
-        }
+        if (op.cache_type == QERVE_CACHE_I8) attend_to<int8_t>(task, tile, first, last);
+        else attend_to<uint16_t>(task, tile, first, last);
         store_outputs(task, tile);
     }
 
@@ -206,6 +201,33 @@ private:
     }
 
     // -- one key tile
+
+    template <class T>
+    static void attend_to(const AttentionTask& task, const Tile& tile, int32_t first, int32_t last) {
+        Cached<T> source = cached<T>(task, first / kKeys * kKeys, first, last);
+        for (int32_t start = first / kKeys * kKeys; start <= last; start += kKeys) {
+            Cached<T> following = {};
+            if (start + kKeys <= last) {
+                following = cached<T>(task, start + kKeys, first, last);
+                if (tile.num_rows <= kRows) fetch(following, tile.head_dim);
+            }
+            attend_keys(tile, source, start);
+            source = following;
+        }
+    }
+
+    // Blocks of the cache are short and lie anywhere: the processor's own prefetcher has no time to notice them. Where
+    // many rows share a tile, there is time enough.
+    template <class T>
+    static void fetch(const Cached<T>& source, int32_t head_dim) {
+        const int64_t bytes = int64_t{kLanes} * head_dim * static_cast<int64_t>(sizeof(T));
+        for (int32_t v = source.vector_begin; v < source.vector_end; ++v) {
+            for (int64_t at = 0; at < bytes; at += 64) {
+                __builtin_prefetch(reinterpret_cast<const uint8_t*>(source.keys[v]) + at);
+                __builtin_prefetch(reinterpret_cast<const uint8_t*>(source.values[v]) + at);
+            }
+        }
+    }
 
     template <class T>
     static void attend_keys(const Tile& tile, const Cached<T>& source, int32_t start) {

@@ -24,6 +24,10 @@ namespace qerve {
 
 constexpr int kHalf = 16;  // output rows of half a strip: the lanes of one sum
 
+// Weights are asked for this long before they are multiplied: the processor's own prefetcher starts anew in every page
+// and strip. The bytes behind the last weight are never read, asking for them does no harm.
+constexpr int kBytesAhead = 4096;
+
 static inline int64_t header_bytes(bool has_zero_points) { return has_zero_points ? 128 : 64; }
 static inline int64_t code_bytes(int storage_bits, int channels) { return int64_t{kStripRows} * channels * storage_bits / 8; }
 
@@ -77,6 +81,8 @@ QERVE_INLINE void add_products(const uint8_t* codes, int block, const int8_t* x,
     // two lines of each half at a time, all fields of each
     const auto multiply_line = [&](auto line, int channel) {
         constexpr int kLine = decltype(line)::value;
+        __builtin_prefetch(codes + kLine * 128 + kBytesAhead);
+        __builtin_prefetch(codes + kLine * 128 + 64 + kBytesAhead);
         const typename S::B first = S::load_bytes(codes + kLine * 128);
         const typename S::B second = S::load_bytes(codes + kLine * 128 + 64);
         const auto field = [&](auto number) {
@@ -190,12 +196,10 @@ inline void add_blocks(const BlockRun& run, int64_t row, typename S::F (&total)[
     for (int b = 0, left = 0; b < run.num_blocks; ++b, --left) {
         if (left == 0) {
             header.read(run, data);
+            __builtin_prefetch(data + kBytesAhead);
             data += header_bytes(kHasZeros);
             left = run.blocks_per_group;
         }
-        // The processor's own prefetcher stops at pages and starts late: strips are short.
-        const uint8_t* following = data + code_bytes(kBits, run.block) + header_bytes(kHasZeros);
-        for (int64_t line = 0; line < code_bytes(kBits, run.block); line += 64) __builtin_prefetch(following + line);
         add_block<S, kBits, kRows, kIsWide, kHasZeros>(run, data, header, input_block(run, b), row, total);
         data += code_bytes(kBits, run.block);
     }

@@ -1,4 +1,4 @@
-"""Weights in the kernels' own layout: repacked once, into memory that this module owns.
+"""Weights in the kernels' own layout: repacked once, into memory of their own.
 
 The layout is described in ``csrc/qerve_cpu.h``. One float16 scale serves a whole group of input channels, and integer
 sums run over blocks of 64 channels, or of 32 where a group is no multiple of 64: a block never crosses a group.
@@ -14,7 +14,7 @@ from torch import Tensor
 from ...types import LinearWeights, QuantizedWeight
 from .factors import RANK_BLOCK, ByteCodes, ByteFactors, byte_factors, to_bytes
 from .runtime import Runtime
-from .structs import ALIGNMENT, STRIP_ROWS, Matrix, Source
+from .structs import STRIP_ROWS, Matrix, Source
 
 WIDE_BLOCK = 64
 NARROW_BLOCK = 32
@@ -184,7 +184,7 @@ def pack_matrix(
         zero=0 if coded.zero_point is not None else 1 << (coded.num_bits - 1),
         rank=0 if factors is None else factors.rank,
     )
-    strips = _aligned(runtime.plan(source, matrix))
+    strips = runtime.memory.take(runtime.plan(source, matrix))
     _narrow(matrix, block)
     matrix.strips = strips.data_ptr()
     runtime.pack(source, matrix)
@@ -217,13 +217,6 @@ def _address(tensor: Tensor) -> int:
     if not tensor.is_contiguous():
         raise ValueError("the kernels read contiguous tensors only")
     return tensor.data_ptr()
-
-
-def _aligned(num_bytes: int) -> Tensor:
-    """Memory for ``num_bytes`` that starts on a cache line."""
-    memory = torch.empty(num_bytes + ALIGNMENT, dtype=torch.uint8)
-    start = -memory.data_ptr() % ALIGNMENT
-    return memory[start : start + num_bytes]
 
 
 def _narrow(matrix: Matrix, block: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...errors import KernelError
 from .environment import NativeEnvironment
 from .library import NativeLibrary, load_library
+from .memory import WeightMemory
 from .structs import Matrix, Op, Source, Step
 from .threads import ThreadChoice, choose_num_threads
 
@@ -22,7 +23,7 @@ _TEXT_BYTES = 1024
 
 
 class Runtime:
-    """Worker threads over the loaded library.
+    """Worker threads over the loaded library, and memory for the weights that they read.
 
     Raises:
         KernelError: the library cannot start them.
@@ -31,6 +32,7 @@ class Runtime:
     def __init__(self, library: NativeLibrary, threads: ThreadChoice, is_pinned: bool = False) -> None:
         self.library = library
         self.threads = threads
+        self.memory = WeightMemory()
         self._calls = _declare(library.handle)
         self._lock = threading.Lock()
         text = ctypes.create_string_buffer(_TEXT_BYTES)
