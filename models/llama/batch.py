@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceSpan:
+class SequenceSpan(NamedTuple):
     """One sequence's share of a batch.
 
     start, num_tokens: rows ``start .. start + num_tokens`` of the batch are this sequence's new tokens
@@ -29,7 +29,7 @@ class SequenceSpan:
 class Batch:
     """Tokens of one forward pass.
 
-    token_ids, positions: (num_tokens,) int64
+    token_ids, positions: (num_tokens,) int64; positions as the spans tell them: each row's place in its sequence
     spans:                one per sequence, in row order, covering every row
     """
 
@@ -41,6 +41,11 @@ class Batch:
     def num_tokens(self) -> int:
         """Rows of the batch."""
         return self.token_ids.shape[0]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence when this pass is done."""
+        return max(span.context_len for span in self.spans)
 
     @property
     def slot_mapping(self) -> Tensor:

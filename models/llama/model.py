@@ -205,6 +205,11 @@ class LlamaForCausalLM(nn.Module):
         logits: Tensor = self.lm_head(hidden)
         return logits.float()
 
+    def logits_at(self, batch: Batch, rows: Tensor, kv_cache: PagedKVCache | None) -> Tensor:
+        """Logits (n, vocab_size) float32 of the ``rows`` (n,) int64, ascending, of ``batch``."""
+        hidden = self(batch, kv_cache)
+        return self.logits(hidden if len(rows) == batch.num_tokens else hidden.index_select(0, rows))
+
     def new_cache(self, num_blocks: int) -> PagedKVCache:
         """A key-value cache of ``num_blocks`` blocks of 16 tokens."""
         return PagedKVCache(self.config, num_blocks, dtype=self.cache_dtype, device=self.device)

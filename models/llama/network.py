@@ -55,6 +55,19 @@ class Network(Protocol):
         """``hidden`` (n, hidden_size) -> (n, vocab_size) float32."""
         ...
 
+    def logits_at(self, batch: Batch, rows: Tensor, kv_cache: Any) -> Tensor:
+        """One step of generation: the pass over ``batch``, and the logits of some of its rows.
+
+        Args:
+            batch: see ``__call__``.
+            rows: (n,) int64, ascending.
+            kv_cache: one of ``new_cache``.
+
+        Returns:
+            (n, vocab_size) float32. The next call may write over it.
+        """
+        ...
+
     def new_cache(self, num_blocks: int) -> KVCache:
         """A key-value cache of ``num_blocks`` blocks of 16 tokens."""
         ...

@@ -28,8 +28,8 @@ class ServedModel(Protocol):
         """Final hidden states (num_tokens, hidden_size)."""
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(n, hidden_size) -> (n, vocab_size) float32."""
+    def logits_at(self, batch: Batch, rows: Tensor, kv_cache: Any) -> Tensor:
+        """The same pass; logits (n, vocab_size) float32 of its ``rows`` (n,) int64, maybe only until the next call."""
         ...
 
 
@@ -44,12 +44,15 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, scheduled: Sequence[ScheduledRequest]) -> Tensor | None:
-        """Logits (n, vocab_size) float32 for the next token of the n requests that get one; None where none does."""
+        """Logits (n, vocab_size) float32 for the next token of the n requests that get one; None where none does.
+
+        The next call may write over them.
+        """
         batch, rows = self._batch(scheduled)
-        hidden = self._model(batch, self._kv_cache)
-        if not len(rows):
-            return None
-        return self._model.logits(hidden if len(rows) == batch.num_tokens else hidden.index_select(0, rows))
+        if len(rows):
+            return self._model.logits_at(batch, rows, self._kv_cache)
+        self._model(batch, self._kv_cache)
+        return None
 
     def _batch(self, scheduled: Sequence[ScheduledRequest]) -> tuple[Batch, Tensor]:
         """The batch, and the rows of it (n,) int64 that the next tokens are read from."""

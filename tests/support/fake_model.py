@@ -95,6 +95,9 @@ class FakeModel(nn.Module):
         logits[hidden[:, 0] < 0] = float("nan")
         return logits
 
+    def logits_at(self, batch: Batch, rows: Tensor, kv_cache: PagedKVCache | None) -> Tensor:
+        return self.logits(self(batch, kv_cache)[rows])
+
     def next_token(self, token_ids: Sequence[int]) -> int:
         """The greedy choice after ``token_ids``, without batch or cache."""
         return int(self.logits(torch.tensor([[float(state_of(token_ids))]]))[0].argmax())
