@@ -5,13 +5,14 @@ states are float32.
 """
 
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..kernels.native.program import LinearCall
 from ..kernels.native.runtime import Runtime
-from .batch import Batch
+from .batch import Batch, SequenceSpan, TokenBatch
 from .native_cache import NativeKVCache
 from .native_programs import NativePrograms, NativeWeights
 from .native_steps import fresh_tables, given_tables, steps_of
@@ -46,40 +47,53 @@ class NativeLlama:
             ValueError: the spans' block tables do not fit the cache.
             KernelError: a token id that the vocabulary does not have.
         """
-        tables = fresh_tables(batch) if kv_cache is None else given_tables(batch, kv_cache)
-        hidden = torch.empty(batch.num_tokens, self.config.hidden_size)
-        if not batch.num_tokens:
-            return hidden
-        max_rows = batch.num_tokens if kv_cache is None else STEP_ROWS
-        with self._lock:
-            cache = kv_cache or self._scratch_cache(sum(map(len, tables)))
-            program, buffers = self._programs.over(cache, min(max_rows, batch.num_tokens), batch.longest)
-            start = 0
-            for step in steps_of(batch, tables, max_rows):
-                program.run(step)
-                end = start + step.num_tokens
-                hidden[start:end] = buffers.hidden[: end - start]
-                start = end
-        return hidden
+        return self._hidden(batch.token_ids.tolist(), batch.spans, kv_cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden`` (n, hidden_size) -> (n, vocab_size) float32."""
         return self._head(hidden)
 
-    def logits_at(self, batch: Batch, rows: Tensor, kv_cache: NativeKVCache) -> Tensor:
-        """Logits (n, vocab_size) float32 of the ``rows`` (n,) int64, ascending, of ``batch``; errors as in a call.
+    def step(self, tokens: TokenBatch, kv_cache: NativeKVCache) -> Tensor | None:
+        """Logits (n, vocab_size) float32 of the n ``tokens.logit_rows``; None where n is 0. Errors as in a call.
 
-        Where that is all rows, as when every sequence decodes, the head follows on the last layer in the same call of
-        the kernels; the next call then writes over the logits.
+        Where that is every row, as when all sequences decode, the head follows on the last layer in the same call of
+        the kernels, and the next step writes over the logits.
         """
-        num_rows = batch.num_tokens
-        if not 0 < len(rows) == num_rows <= STEP_ROWS:
-            return self.logits(self(batch, kv_cache).index_select(0, rows))
-        (step,) = steps_of(batch, given_tables(batch, kv_cache), num_rows)
+        token_ids, spans, rows = tokens
+        if 0 < len(rows) == len(token_ids) <= STEP_ROWS:
+            return self._step(token_ids, spans, kv_cache)
+        hidden = self._hidden(token_ids, spans, kv_cache)
+        return self.logits(hidden[rows]) if rows else None
+
+    def _step(self, token_ids: Sequence[int], spans: Sequence[SequenceSpan], cache: NativeKVCache) -> Tensor:
+        """Logits of all rows, at least one and at most ``STEP_ROWS``."""
+        num_rows = len(token_ids)
+        (step,) = steps_of(token_ids, spans, given_tables(spans, cache), num_rows)
         with self._lock:
-            program, buffers = self._programs.over(kv_cache, num_rows, batch.longest, has_head=True)
+            program, buffers = self._programs.over(cache, num_rows, max(step.context_lens), has_head=True)
             program.run(step)
-        return buffers.logits[:num_rows]
+            return buffers.logits[:num_rows]
+
+    def _hidden(
+        self, token_ids: Sequence[int], spans: Sequence[SequenceSpan], kv_cache: NativeKVCache | None
+    ) -> Tensor:
+        tables = fresh_tables(spans) if kv_cache is None else given_tables(spans, kv_cache)
+        num_rows = len(token_ids)
+        hidden = torch.empty(num_rows, self.config.hidden_size)
+        if not num_rows:
+            return hidden
+        max_rows = num_rows if kv_cache is None else min(STEP_ROWS, num_rows)
+        longest = max(span.context_len for span in spans)
+        with self._lock:
+            cache = kv_cache or self._scratch_cache(sum(map(len, tables)))
+            program, buffers = self._programs.over(cache, max_rows, longest)
+            start = 0
+            for step in steps_of(token_ids, spans, tables, max_rows):
+                program.run(step)
+                end = start + step.num_tokens
+                hidden[start:end] = buffers.hidden[: end - start]
+                start = end
+        return hidden
 
     def new_cache(self, num_blocks: int) -> NativeKVCache:
         """A key-value cache of ``num_blocks`` blocks for this network."""

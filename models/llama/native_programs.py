@@ -69,16 +69,6 @@ class Buffers:
         hidden, qkv, attended, inner = (torch.empty(num_rows, width) for width in buffer_widths(config))
         return cls(hidden, qkv, attended, inner, torch.empty(num_logits, config.vocab_size))
 
-    @property
-    def num_rows(self) -> int:
-        """Rows that go through the layers together."""
-        return len(self.hidden)
-
-    @property
-    def num_logits(self) -> int:
-        """Rows that go through the head behind them."""
-        return len(self.logits)
-
 
 class NativePrograms:
     """The operators of one network over each of its caches, kept as long as that lives. For one thread at a time."""
@@ -86,10 +76,11 @@ class NativePrograms:
     def __init__(self, weights: NativeWeights, runtime: Runtime) -> None:
         self._weights = weights
         self._runtime = runtime
-        config = weights.config
-        self._buffers = Buffers.of(config, 1)
-        self._rotary = rotary_tables(config, min(_FIRST_POSITIONS, config.max_position_embeddings))
         self._made: weakref.WeakKeyDictionary[NativeKVCache, dict[bool, Program]] = weakref.WeakKeyDictionary()
+        # Beside the tensors, which are slow to ask: between two steps, everything of torch has left the caches.
+        self._num_rows = self._num_logits = self._num_positions = 0
+        self._reserve_rows(1, 0)
+        self._reserve_positions(min(_FIRST_POSITIONS, weights.config.max_position_embeddings))
 
     def over(
         self, cache: NativeKVCache, num_rows: int, num_positions: int, *, has_head: bool = False
@@ -102,28 +93,28 @@ class NativePrograms:
             num_positions: tokens of the longest sequence.
             has_head: the operators include the head, for every row.
         """
-        self._reserve_positions(num_positions)
-        if num_rows > max(_KEPT_ROWS, self._buffers.num_rows):
-            buffers = Buffers.of(self._weights.config, num_rows, num_rows if has_head else 0)
+        num_logits = num_rows if has_head else 0
+        if num_positions > self._num_positions:
+            self._reserve_positions(max(num_positions, 2 * self._num_positions))
+        if num_rows > max(_KEPT_ROWS, self._num_rows):
+            buffers = Buffers.of(self._weights.config, num_rows, num_logits)
             return self._program(cache, buffers, has_head), buffers
-        self._reserve_rows(num_rows, num_rows if has_head else 0)
+        if num_rows > self._num_rows or num_logits > self._num_logits:
+            self._reserve_rows(_grown(self._num_rows, num_rows), _grown(self._num_logits, num_logits))
         made = self._made.setdefault(cache, {})
         if has_head not in made:
             made[has_head] = self._program(cache, self._buffers, has_head)
         return made[has_head], self._buffers
 
     def _reserve_positions(self, num_positions: int) -> None:
-        have = len(self._rotary.cosines)
-        if have < num_positions:
-            self._rotary = rotary_tables(self._weights.config, max(num_positions, 2 * have))
-            self._made.clear()
+        self._num_positions = num_positions
+        self._rotary = rotary_tables(self._weights.config, num_positions)
+        self._made.clear()
 
     def _reserve_rows(self, num_rows: int, num_logits: int) -> None:
-        have = self._buffers
-        if num_rows > have.num_rows or num_logits > have.num_logits:
-            sizes = _grown(have.num_rows, num_rows), _grown(have.num_logits, num_logits)
-            self._buffers = Buffers.of(self._weights.config, *sizes)
-            self._made.clear()
+        self._num_rows, self._num_logits = num_rows, num_logits
+        self._buffers = Buffers.of(self._weights.config, num_rows, num_logits)
+        self._made.clear()
 
     def _program(self, cache: NativeKVCache, buffers: Buffers, has_head: bool) -> Program:
         config, program = self._weights.config, Program(self._runtime)

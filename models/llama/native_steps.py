@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from ..kernels.native.program import StepInputs
 from ..kernels.native.structs import CACHE_BLOCK
-from .batch import Batch, SequenceSpan
+from .batch import SequenceSpan
 from .native_cache import NativeKVCache
 
 _Member: TypeAlias = tuple[SequenceSpan, Sequence[int]]
@@ -18,13 +18,13 @@ def num_blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // CACHE_BLOCK)
 
 
-def given_tables(batch: Batch, cache: NativeKVCache) -> list[Sequence[int]]:
+def given_tables(spans: Sequence[SequenceSpan], cache: NativeKVCache) -> list[Sequence[int]]:
     """The spans' own block tables.
 
     Raises:
         ValueError: a span without one, or one that is too short or leads out of the cache.
     """
-    tables = [_given_table(span) for span in batch.spans]
+    tables = [_given_table(span) for span in spans]
     if min(map(min, tables), default=0) < 0 or max(map(max, tables), default=0) >= cache.num_blocks:
         raise ValueError(f"a block table leads out of a cache of {cache.num_blocks} blocks")
     return tables
@@ -39,7 +39,7 @@ def _given_table(span: SequenceSpan) -> Sequence[int]:
     return table
 
 
-def fresh_tables(batch: Batch) -> list[Sequence[int]]:
+def fresh_tables(spans: Sequence[SequenceSpan]) -> list[Sequence[int]]:
     """Block tables for whole sequences, one behind the other.
 
     Raises:
@@ -47,7 +47,7 @@ def fresh_tables(batch: Batch) -> list[Sequence[int]]:
     """
     tables: list[Sequence[int]] = []
     start = 0
-    for span in batch.spans:
+    for span in spans:
         if span.context_len > span.num_tokens:
             raise ValueError("a span with earlier context needs the key-value cache that holds it")
         end = start + num_blocks_for(span.num_tokens)
@@ -56,15 +56,17 @@ def fresh_tables(batch: Batch) -> list[Sequence[int]]:
     return tables
 
 
-def steps_of(batch: Batch, tables: Sequence[Sequence[int]], max_rows: int) -> Iterator[StepInputs]:
-    """``batch`` in steps of at most ``max_rows`` rows, in row order; what a row gives does not depend on the cut."""
-    token_ids = array("i", batch.token_ids.tolist())
-    members = list(zip(batch.spans, tables, strict=True))
-    if len(token_ids) > max_rows:
+def steps_of(
+    token_ids: Sequence[int], spans: Sequence[SequenceSpan], tables: Sequence[Sequence[int]], max_rows: int
+) -> Iterator[StepInputs]:
+    """A batch in steps of at most ``max_rows`` rows, in row order; what a row gives does not depend on the cut."""
+    numbers = array("i", token_ids)
+    members = list(zip(spans, tables, strict=True))
+    if len(numbers) > max_rows:
         for portion in _portions(members, max_rows):
-            yield _step(token_ids, portion)
+            yield _step(numbers, portion)
     elif members:
-        yield _step(token_ids, members)
+        yield _step(numbers, members)
 
 
 def _portions(members: Sequence[_Member], max_rows: int) -> Iterator[list[_Member]]:

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .batch import Batch
+from .batch import Batch, TokenBatch
 from .config import LlamaConfig
 
 
@@ -55,16 +55,12 @@ class Network(Protocol):
         """``hidden`` (n, hidden_size) -> (n, vocab_size) float32."""
         ...
 
-    def logits_at(self, batch: Batch, rows: Tensor, kv_cache: Any) -> Tensor:
-        """One step of generation: the pass over ``batch``, and the logits of some of its rows.
-
-        Args:
-            batch: see ``__call__``.
-            rows: (n,) int64, ascending.
-            kv_cache: one of ``new_cache``.
+    def step(self, tokens: TokenBatch, kv_cache: Any) -> Tensor | None:
+        """One step of generation over ``kv_cache``, one of ``new_cache``.
 
         Returns:
-            (n, vocab_size) float32. The next call may write over it.
+            Logits (n, vocab_size) float32 of the n ``tokens.logit_rows``, which the next step may write over; None
+            where n is 0.
         """
         ...
 

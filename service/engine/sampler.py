@@ -58,12 +58,12 @@ def most_likely(logits: Tensor) -> list[int | None]:
     """
     if logits.device.type == "cpu":
         rows = logits.numpy()
-        tokens = rows.argmax(-1)
-        highest = rows[np.arange(len(rows)), tokens].tolist()
+        tokens = rows.argmax(-1).tolist()
+        highest = [rows.item(row, token) for row, token in enumerate(tokens)]
     else:
-        tokens = logits.argmax(-1)
-        highest = logits.gather(-1, tokens[:, None])[:, 0].tolist()
-    return [token if math.isfinite(value) else None for token, value in zip(tokens.tolist(), highest, strict=True)]
+        best = logits.argmax(-1)
+        tokens, highest = best.tolist(), logits.gather(-1, best[:, None])[:, 0].tolist()
+    return [token if math.isfinite(value) else None for token, value in zip(tokens, highest, strict=True)]
 
 
 def candidates(logits: Tensor, params: Sequence[SamplingParams]) -> Candidates:

@@ -16,7 +16,7 @@ from models.artifact.execution import Execution
 from models.artifact.format import Manifest, TensorRecord, self_hash
 from models.artifact.load import LoadedModel
 from models.config import BuildConfig
-from models.llama.batch import Batch
+from models.llama.batch import Batch, TokenBatch
 from models.llama.config import LlamaConfig
 from models.llama.kv_cache import PagedKVCache
 
@@ -95,8 +95,10 @@ class FakeModel(nn.Module):
         logits[hidden[:, 0] < 0] = float("nan")
         return logits
 
-    def logits_at(self, batch: Batch, rows: Tensor, kv_cache: PagedKVCache | None) -> Tensor:
-        return self.logits(self(batch, kv_cache)[rows])
+    def step(self, tokens: TokenBatch, kv_cache: PagedKVCache | None) -> Tensor | None:
+        batch, rows = tokens.tensors(self.device)
+        hidden = self(batch, kv_cache)
+        return self.logits(hidden[rows]) if len(rows) else None
 
     def next_token(self, token_ids: Sequence[int]) -> int:
         """The greedy choice after ``token_ids``, without batch or cache."""
