@@ -11,7 +11,7 @@ takes as long as a small network: there NumPy finds the highest logits, and only
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .request import Request, SamplingParams
+
+_Weights: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.float64]]"
+_TokenIds: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
 
 
 class Candidates(NamedTuple):
@@ -74,8 +77,9 @@ def candidates(logits: Tensor, params: Sequence[SamplingParams]) -> Candidates:
         return Candidates(torch.arange(weights.shape[-1], device=weights.device).expand_as(weights), weights)
     if any(item.min_p > 0.0 for item in params):
         weights.masked_fill_(weights < _column([item.min_p for item in params], weights.device), 0.0)
-    found = _shortlist(weights, params)
-    return found._replace(weights=_filter(found.weights, weights.sum(-1, keepdim=True), params))
+    whole = weights.sum(-1, keepdim=True)
+    found = _shortlist(weights, whole, params)
+    return found._replace(weights=_filter(found.weights, whole, params))
 
 
 def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
@@ -90,31 +94,36 @@ def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
     return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp_(max=weights.shape[-1] - 1)
 
 
-def _shortlist(weights: Tensor, params: Sequence[SamplingParams]) -> Candidates:
-    """The tokens of each row of ``weights`` (n, vocab_size), its highest 1, but for those that cannot pass.
+def _shortlist(weights: Tensor, whole: Tensor, params: Sequence[SamplingParams]) -> Candidates:
+    """The tokens of each row of ``weights`` (n, vocab_size) but for those that top_k or top_p drops for sure.
 
     On other devices than a CPU, all of them: there it takes longer to collect a few than to sort them all.
+    whole: (n, 1), sum of each row
     """
     if weights.device.type != "cpu":
         return Candidates(torch.arange(weights.shape[-1], device=weights.device).expand_as(weights), weights)
     token_ids = [
-        torch.from_numpy(np.flatnonzero(row >= _least_weight(row, item)))
-        for row, item in zip(weights.numpy(), params, strict=True)
+        torch.from_numpy(_top_k(row, item.top_k) if item.top_k else _around_nucleus(row, item.top_p * total))
+        for row, total, item in zip(weights.numpy(), whole[:, 0].tolist(), params, strict=True)
     ]
     shortest = [row[tokens] for row, tokens in zip(weights, token_ids, strict=True)]
     return Candidates(pad_sequence(token_ids, batch_first=True), pad_sequence(shortest, batch_first=True))
 
 
-def _least_weight(weights: "np.ndarray[tuple[int], np.dtype[np.float64]]", params: SamplingParams) -> float:
-    """A token of less weight is not among the top_k, or in no nucleus of top_p.
+def _top_k(weights: _Weights, top_k: int) -> _TokenIds:
+    """The ``top_k`` heaviest tokens, and all that are equal to the last of them."""
+    least = np.partition(weights, -top_k)[-top_k] if top_k < len(weights) else 0.0
+    return np.flatnonzero(weights >= least)
 
-    Tokens of less weight than (1 - top_p) / vocab_size hold less than 1 - top_p together, and the best one alone holds
-    1 already: of the whole, the others have more than top_p.
-    """
-    least = (1.0 - params.top_p) / len(weights)
-    if 0 < params.top_k < len(weights):
-        least = max(least, float(np.partition(weights, -params.top_k)[-params.top_k]))
-    return least
+
+def _around_nucleus(weights: _Weights, mass: float) -> _TokenIds:
+    """All tokens above some weight, which hold ``mass`` or more together: there are no others in its nucleus."""
+    rest = weights.sum() - mass
+    for most in (256, 4096, len(weights)):  # so many tokens that are not above it hold no more than the rest
+        token_ids = np.flatnonzero(weights > rest / most)
+        if weights[token_ids].sum() >= mass:
+            return token_ids
+    return np.flatnonzero(weights)
 
 
 def _filter(weights: Tensor, whole: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from service.engine.request import Request, SamplingParams
@@ -97,6 +97,7 @@ def filtered_by_sorting(logits, item):
         max_size=4,
     ),
 )
+@example(0, 4.0, 0.0, [(1.0, 700, 0.99, 0.0)])  # what top_k left holds more than the tokens around the nucleus
 def test_large_vocabularies_are_filtered_and_drawn_from_as_if_all_of_them_was_sorted(seed, spread, grain, values):
     # coarse grains give many equal logits, so that a limit often falls among equals
     logits = torch.randn(len(values), 2000, generator=torch.Generator().manual_seed(seed)) * spread
