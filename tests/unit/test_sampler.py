@@ -7,8 +7,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from service.engine import sampler
 from service.engine.request import Request, SamplingParams
-from service.engine.sampler import candidates, draw, sample
+from service.engine.sampler import Candidates, candidates, draw, sample
 
 
 def params(**values):
@@ -108,6 +109,18 @@ def test_large_vocabularies_are_filtered_and_drawn_from_as_if_all_of_them_was_so
     requests = [Request(str(index), [1], item) for index, item in enumerate(rows)]
     uniforms = [Request("again", [1], item).rng.random() for item in rows]
     assert sample(logits, requests) == draw(expected, uniforms).tolist()
+
+
+def test_filtering_all_tokens_as_on_other_devices_gives_the_same(monkeypatch):
+    logits = torch.randn(6, 2000, generator=torch.Generator().manual_seed(5)).mul(8).round() / 4
+    rows = [params(top_k=k, top_p=p, min_p=m) for k in (0, 40) for p, m in ((0.9, 0.0), (1.0, 0.01), (0.7, 0.001))]
+    expected = probabilities(logits, rows)
+
+    def everything(weights, whole, params):
+        return Candidates(torch.arange(weights.shape[-1]).expand_as(weights), weights)
+
+    monkeypatch.setattr(sampler, "_shortlist", everything)
+    torch.testing.assert_close(probabilities(logits, rows), expected, rtol=1e-12, atol=0.0)
 
 
 def test_each_filter_alone_on_a_distribution_of_halves():
