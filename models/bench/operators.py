@@ -18,16 +18,10 @@ from ..kernels.native.pack import PackedMatrix
 from ..kernels.native.program import LinearCall, Program, StepInputs
 from ..kernels.native.structs import CACHE_BLOCK, OutputMode
 from ..llama.batch import Batch, SequenceSpan
-from ..llama.native import (
-    STEP_ROWS,
-    NativeLlama,
-    NativeWeights,
-    attention_shape,
-    buffer_widths,
-    rotary_tables,
-)
+from ..llama.native import NativeLlama
 from ..llama.native_cache import NativeKVCache
 from ..llama.native_layers import LinearGroup, NativeLayer
+from ..llama.native_programs import NativeWeights, attention_shape, buffer_widths, rotary_tables
 from ..llama.native_steps import num_blocks_for, steps_of
 from .probe import SECONDS, Probe
 from .strips import first_strip, matrices_of
@@ -196,7 +190,7 @@ class OperatorBench:
 
     def _step_inputs(self) -> StepInputs:
         batch = self._batch(self.phase.num_new)
-        (step,) = steps_of(batch, self._tables, max(STEP_ROWS, batch.num_tokens))
+        (step,) = steps_of(batch.token_ids.tolist(), batch.spans, self._tables, batch.num_tokens)
         return step
 
 

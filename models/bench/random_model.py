@@ -13,8 +13,8 @@ from ..kernels.native.pack import WIDE_BLOCK, CodedMatrix, PackedMatrix, pack_li
 from ..kernels.native.program import Norm
 from ..kernels.native.runtime import Runtime
 from ..llama.config import LlamaConfig
-from ..llama.native import NativeWeights
 from ..llama.native_layers import LinearGroup, NativeHead, NativeLayer
+from ..llama.native_programs import NativeWeights
 from ..scheme import QuantScheme
 from ..types import Correction, LinearWeights, QuantizedWeight
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 from ..kernels.native.factors import RANK_BLOCK
 from ..kernels.native.pack import PackedMatrix
 from ..kernels.native.structs import STRIP_ROWS, Matrix
-from ..llama.native import NativeWeights
 from ..llama.native_layers import LinearGroup
+from ..llama.native_programs import NativeWeights
 
 _SCALE_BYTES = 2
 RANK_BLOCK_BYTES = STRIP_ROWS * (RANK_BLOCK + _SCALE_BYTES)

@@ -1,14 +1,15 @@
 """The input of one forward pass: the tokens of several sequences, concatenated without padding."""
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceSpan:
+class SequenceSpan(NamedTuple):
     """One sequence's share of a batch.
 
     start, num_tokens: rows ``start .. start + num_tokens`` of the batch are this sequence's new tokens
@@ -29,7 +30,7 @@ class SequenceSpan:
 class Batch:
     """Tokens of one forward pass.
 
-    token_ids, positions: (num_tokens,) int64
+    token_ids, positions: (num_tokens,) int64; positions as the spans tell them: each row's place in its sequence
     spans:                one per sequence, in row order, covering every row
     """
 
@@ -62,3 +63,28 @@ class Batch:
             start += len(row)
         positions = torch.cat([torch.arange(len(row)) for row in rows])
         return cls(torch.cat(rows).to(device), positions.to(device), tuple(spans))
+
+
+class TokenBatch(NamedTuple):
+    """One step of generation in plain numbers, which each network turns into what it computes with.
+
+    token_ids:  of all rows
+    spans:      one per sequence, in row order, covering every row; positions follow from them
+    logit_rows: rows whose logits are wanted, ascending
+    """
+
+    token_ids: list[int]
+    spans: list[SequenceSpan]
+    logit_rows: list[int]
+
+    def tensors(self, device: torch.device) -> tuple[Batch, Tensor]:
+        """The batch on ``device``, and ``logit_rows`` (n,) int64."""
+        positions: list[int] = []
+        for span in self.spans:
+            positions += range(span.context_len - span.num_tokens, span.context_len)
+        # One buffer and one copy to the device; a list of Python integers is read faster by array than by torch.
+        numbers = array("q", self.token_ids + positions + self.logit_rows)
+        on_device = torch.frombuffer(numbers, dtype=torch.int64).to(device)
+        num_tokens = len(self.token_ids)
+        batch = Batch(on_device[:num_tokens], on_device[num_tokens : 2 * num_tokens], tuple(self.spans))
+        return batch, on_device[2 * num_tokens :]

@@ -16,8 +16,9 @@ from ..types import QuantizedWeight
 from .batch import Batch
 from .config import LlamaConfig
 from .model import DecoderLayer, LlamaForCausalLM
-from .native import NativeLlama, NativeWeights
+from .native import NativeLlama
 from .native_layers import LinearGroup, NativeHead, NativeLayer, group_by_input, norm_of
+from .native_programs import NativeWeights
 
 _HEAD_DIM_MULTIPLE = 16
 _MAX_HEAD_DIM = 256

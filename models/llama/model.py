@@ -18,7 +18,7 @@ from ..quant.grid import dequantize_rows
 from ..scheme import EMBEDDING, HEAD
 from ..types import QuantizedWeight
 from .attention import AttentionPlan
-from .batch import Batch
+from .batch import Batch, TokenBatch
 from .config import LlamaConfig
 from .kv_cache import PagedKVCache
 from .rope import Rotary, RotaryEmbedding
@@ -204,6 +204,15 @@ class LlamaForCausalLM(nn.Module):
             return head_logits(hidden, self.lm_head)
         logits: Tensor = self.lm_head(hidden)
         return logits.float()
+
+    @torch.inference_mode()
+    def step(self, tokens: TokenBatch, kv_cache: PagedKVCache | None) -> Tensor | None:
+        """Logits (n, vocab_size) float32 of the n ``tokens.logit_rows``; None where n is 0."""
+        batch, rows = tokens.tensors(self.device)
+        hidden = self(batch, kv_cache)
+        if not len(rows):
+            return None
+        return self.logits(hidden if len(rows) == batch.num_tokens else hidden.index_select(0, rows))
 
     def new_cache(self, num_blocks: int) -> PagedKVCache:
         """A key-value cache of ``num_blocks`` blocks of 16 tokens."""

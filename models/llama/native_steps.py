@@ -2,14 +2,15 @@
 
 from array import array
 from collections.abc import Iterator, Sequence
-
-import torch
-from torch import Tensor
+from typing import TypeAlias
 
 from ..kernels.native.program import StepInputs
 from ..kernels.native.structs import CACHE_BLOCK
-from .batch import Batch, SequenceSpan
+from .batch import SequenceSpan
 from .native_cache import NativeKVCache
+
+_Member: TypeAlias = tuple[SequenceSpan, Sequence[int]]
+"""One sequence's share of a step, and its block table."""
 
 
 def num_blocks_for(num_tokens: int) -> int:
@@ -17,26 +18,28 @@ def num_blocks_for(num_tokens: int) -> int:
     return -(-num_tokens // CACHE_BLOCK)
 
 
-def given_tables(batch: Batch, cache: NativeKVCache) -> list[Sequence[int]]:
+def given_tables(spans: Sequence[SequenceSpan], cache: NativeKVCache) -> list[Sequence[int]]:
     """The spans' own block tables.
 
     Raises:
         ValueError: a span without one, or one that is too short or leads out of the cache.
     """
-    tables = []
-    for span in batch.spans:
-        if span.block_table is None:
-            raise ValueError("a batch that runs with the native key-value cache needs a block table in every span")
-        table = span.block_table[: num_blocks_for(span.context_len)]
-        if len(table) < num_blocks_for(span.context_len):
-            raise ValueError(f"{len(table)} cache blocks do not hold {span.context_len} tokens")
-        if min(table) < 0 or max(table) >= cache.num_blocks:
-            raise ValueError(f"a block table leads out of a cache of {cache.num_blocks} blocks")
-        tables.append(table)
+    tables = [_given_table(span) for span in spans]
+    if min(map(min, tables), default=0) < 0 or max(map(max, tables), default=0) >= cache.num_blocks:
+        raise ValueError(f"a block table leads out of a cache of {cache.num_blocks} blocks")
     return tables
 
 
-def fresh_tables(batch: Batch) -> list[Sequence[int]]:
+def _given_table(span: SequenceSpan) -> Sequence[int]:
+    if span.block_table is None:
+        raise ValueError("a batch that runs with the native key-value cache needs a block table in every span")
+    table = span.block_table[: num_blocks_for(span.context_len)]
+    if len(table) < num_blocks_for(span.context_len):
+        raise ValueError(f"{len(table)} cache blocks do not hold {span.context_len} tokens")
+    return table
+
+
+def fresh_tables(spans: Sequence[SequenceSpan]) -> list[Sequence[int]]:
     """Block tables for whole sequences, one behind the other.
 
     Raises:
@@ -44,7 +47,7 @@ def fresh_tables(batch: Batch) -> list[Sequence[int]]:
     """
     tables: list[Sequence[int]] = []
     start = 0
-    for span in batch.spans:
+    for span in spans:
         if span.context_len > span.num_tokens:
             raise ValueError("a span with earlier context needs the key-value cache that holds it")
         end = start + num_blocks_for(span.num_tokens)
@@ -53,21 +56,31 @@ def fresh_tables(batch: Batch) -> list[Sequence[int]]:
     return tables
 
 
-def steps_of(batch: Batch, tables: Sequence[Sequence[int]], max_rows: int) -> Iterator[StepInputs]:
-    """``batch`` in steps of at most ``max_rows`` rows, in row order; what a row gives does not depend on the cut."""
-    token_ids, positions = batch.token_ids.to(torch.int32), batch.positions.to(torch.int32)
-    first = 0
-    members: list[tuple[SequenceSpan, Sequence[int]]] = []
+def steps_of(
+    token_ids: Sequence[int], spans: Sequence[SequenceSpan], tables: Sequence[Sequence[int]], max_rows: int
+) -> Iterator[StepInputs]:
+    """A batch in steps of at most ``max_rows`` rows, in row order; what a row gives does not depend on the cut."""
+    numbers = array("i", token_ids)
+    members = list(zip(spans, tables, strict=True))
+    if len(numbers) > max_rows:
+        for portion in _portions(members, max_rows):
+            yield _step(numbers, portion)
+    elif members:
+        yield _step(numbers, members)
+
+
+def _portions(members: Sequence[_Member], max_rows: int) -> Iterator[list[_Member]]:
+    """``members`` cut into lots of at most ``max_rows`` rows."""
+    portion: list[_Member] = []
     num_rows = 0
-    for span, table in zip(batch.spans, tables, strict=True):
+    for span, table in members:
         for piece in _pieces(span, num_rows, max_rows):
             if num_rows + piece.num_tokens > max_rows:
-                yield _step(token_ids, positions, first, members)
-                first, members, num_rows = first + num_rows, [], 0
-            members.append((piece, table))
+                yield portion
+                portion, num_rows = [], 0
+            portion.append((piece, table))
             num_rows += piece.num_tokens
-    if members:
-        yield _step(token_ids, positions, first, members)
+    yield portion
 
 
 def _pieces(span: SequenceSpan, num_rows: int, max_rows: int) -> Iterator[SequenceSpan]:
@@ -82,28 +95,26 @@ def _pieces(span: SequenceSpan, num_rows: int, max_rows: int) -> Iterator[Sequen
         room = max_rows
 
 
-def _step(
-    token_ids: Tensor, positions: Tensor, first: int, members: Sequence[tuple[SequenceSpan, Sequence[int]]]
-) -> StepInputs:
-    starts, context_lens = array("i", [0]), array("i")
-    for span, _ in members:
-        starts.append(starts[-1] + span.num_tokens)
+def _step(token_ids: "array[int]", members: Sequence[_Member]) -> StepInputs:
+    """The step of ``members``, whose rows of the batch's ``token_ids`` follow on each other."""
+    first, last = members[0][0], members[-1][0]
+    positions, starts, context_lens = array("i"), array("i"), array("i")
+    rows: list[Sequence[int]] = []
+    for span, table in members:
+        starts.append(span.start - first.start)
         context_lens.append(span.context_len)
-    rows = slice(first, first + starts[-1])
-    return StepInputs(
-        token_ids[rows],
-        positions[rows],
-        torch.frombuffer(starts, dtype=torch.int32),
-        torch.frombuffer(context_lens, dtype=torch.int32),
-        _matrix([table[: num_blocks_for(span.context_len)] for span, table in members]),
-    )
+        positions.extend(range(span.context_len - span.num_tokens, span.context_len))
+        rows.append(table[: num_blocks_for(span.context_len)])
+    end = last.start + last.num_tokens
+    starts.append(end - first.start)
+    stride = max(map(len, rows))
+    return StepInputs(token_ids[first.start : end], positions, starts, context_lens, _matrix(rows, stride), stride)
 
 
-def _matrix(tables: Sequence[Sequence[int]]) -> Tensor:
-    """(num_sequences, longest) int32, filled up with zeros."""
-    width = max(map(len, tables))
+def _matrix(tables: Sequence[Sequence[int]], width: int) -> "array[int]":
+    """``tables`` row by row, each filled up with zeros to ``width``."""
     flat = array("i")
     for table in tables:
         flat.extend(table)
         flat.extend([0] * (width - len(table)))
-    return torch.frombuffer(flat, dtype=torch.int32).view(len(tables), width)
+    return flat

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .batch import Batch
+from .batch import Batch, TokenBatch
 from .config import LlamaConfig
 
 
@@ -53,6 +53,15 @@ class Network(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden`` (n, hidden_size) -> (n, vocab_size) float32."""
+        ...
+
+    def step(self, tokens: TokenBatch, kv_cache: Any) -> Tensor | None:
+        """One step of generation over ``kv_cache``, one of ``new_cache``.
+
+        Returns:
+            Logits (n, vocab_size) float32 of the n ``tokens.logit_rows``, which the next step may write over; None
+            where n is 0.
+        """
         ...
 
     def new_cache(self, num_blocks: int) -> KVCache:

@@ -1,13 +1,12 @@
-"""One forward pass over the scheduled requests: from requests to tensors and back to logits."""
+"""One forward pass over the scheduled requests: from requests to numbers, and logits back."""
 
-from array import array
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from models.llama.batch import Batch, SequenceSpan
+from models.llama.batch import SequenceSpan, TokenBatch
 from models.llama.network import KVCache
 
 from .block_manager import BLOCK_SIZE
@@ -20,16 +19,12 @@ class ServedModel(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the batch must be."""
+        """Where cache slots must be."""
         ...
 
     # Any: a network takes the caches that it makes itself.
-    def __call__(self, batch: Batch, kv_cache: Any = None) -> Tensor:
-        """Final hidden states (num_tokens, hidden_size)."""
-        ...
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(n, hidden_size) -> (n, vocab_size) float32."""
+    def step(self, tokens: TokenBatch, kv_cache: Any) -> Tensor | None:
+        """Logits (n, vocab_size) float32 of the n ``tokens.logit_rows``, maybe only until the next step."""
         ...
 
 
@@ -42,37 +37,27 @@ class Runner:
         self._block_size = block_size
         self._slots: dict[Request, Tensor] = {}
 
-    @torch.inference_mode()
     def run(self, scheduled: Sequence[ScheduledRequest]) -> Tensor | None:
-        """Logits (n, vocab_size) float32 for the next token of the n requests that get one; None where none does."""
-        batch, rows = self._batch(scheduled)
-        hidden = self._model(batch, self._kv_cache)
-        if not len(rows):
-            return None
-        return self._model.logits(hidden if len(rows) == batch.num_tokens else hidden.index_select(0, rows))
+        """Logits (n, vocab_size) float32 for the next token of the n requests that get one; None where none does.
 
-    def _batch(self, scheduled: Sequence[ScheduledRequest]) -> tuple[Batch, Tensor]:
-        """The batch, and the rows of it (n,) int64 that the next tokens are read from."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        rows: list[int] = []
-        spans: list[SequenceSpan] = []
+        The next call may write over them.
+        """
+        return self._model.step(self._tokens(scheduled), self._kv_cache)
+
+    def _tokens(self, scheduled: Sequence[ScheduledRequest]) -> TokenBatch:
+        """The step, with logits of the last known token of every request that gets its next one."""
+        tokens = TokenBatch([], [], [])
         if not self._kv_cache.has_block_tables:
             self._slots = {item.request: self._slots_of(item.request) for item in scheduled}
         for request, num_new, gets_token in scheduled:
             computed = request.num_computed_tokens
             context_len = computed + num_new
             slots = self._slots[request][:context_len] if self._slots else None
-            spans.append(SequenceSpan(len(token_ids), num_new, context_len, slots, request.block_table))
-            token_ids += request.tokens_between(computed, context_len)
-            positions += range(computed, context_len)
+            tokens.spans.append(SequenceSpan(len(tokens.token_ids), num_new, context_len, slots, request.block_table))
+            tokens.token_ids.extend(request.tokens_between(computed, context_len))
             if gets_token:
-                rows.append(len(token_ids) - 1)
-        # One buffer and one copy to the device; a list of Python integers is read faster by array than by torch.
-        numbers = torch.frombuffer(array("q", token_ids + positions + rows), dtype=torch.int64).to(self._model.device)
-        num_tokens = len(token_ids)
-        batch = Batch(numbers[:num_tokens], numbers[num_tokens : 2 * num_tokens], tuple(spans))
-        return batch, numbers[2 * num_tokens :]
+                tokens.logit_rows.append(len(tokens.token_ids) - 1)
+        return tokens
 
     def _slots_of(self, request: Request) -> Tensor:
         """Cache slots of all the blocks of ``request``: worked out in its first step, kept from each step to the next.

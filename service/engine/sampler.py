@@ -4,14 +4,35 @@ Drawing is by inversion: the token is the first whose cumulative probability exc
 the request's own generator. So a request uses exactly one number per token, a seeded one gives the same text in any
 batch and on any device, and the distribution can be checked exactly without statistics.
 The filters act in the order min_p, top_k, top_p, each on what the one before it left, renormalized.
+
+On a CPU, torch sorts and compares one number at a time where NumPy does a vector of them, and sorting a vocabulary
+takes as long as a small network: there NumPy finds the highest logits, and only tokens that may pass are sorted.
 """
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .request import Request, SamplingParams
+
+_Weights: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.float64]]"
+_TokenIds: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.int64]]"
+
+
+class Candidates(NamedTuple):
+    """What each row's next token is drawn from.
+
+    token_ids: (n, width) int64, from low to high
+    weights:   (n, width) float64, in proportion to the probabilities; a token of weight zero is none
+    """
+
+    token_ids: Tensor
+    weights: Tensor
 
 
 def sample(logits: Tensor, requests: Sequence[Request]) -> list[int | None]:
@@ -20,61 +41,119 @@ def sample(logits: Tensor, requests: Sequence[Request]) -> list[int | None]:
     None where the row holds NaN or infinity: there is no distribution to draw from.
     """
     tokens = most_likely(logits)
-    # NaN and infinity win every comparison: where a row holds one, it is what was found.
-    is_finite = logits.gather(-1, tokens[:, None]).isfinite()[:, 0].tolist()
-    drawn = [row for row, request in enumerate(requests) if not request.params.is_greedy]
-    if drawn:
-        rows = torch.tensor(drawn, device=logits.device)
-        chosen = [requests[row] for row in drawn]
-        probs = probabilities(logits[rows], [request.params for request in chosen])
-        tokens[rows] = draw(probs, [request.rng.random() for request in chosen])
-    return [token if ok else None for token, ok in zip(tokens.tolist(), is_finite, strict=True)]
+    drawn = [row for row, token in enumerate(tokens) if token is not None and not requests[row].params.is_greedy]
+    # Apart, since rows without a filter are as wide as the vocabulary.
+    for has_filter in (False, True):
+        rows = [row for row in drawn if requests[row].params.has_filter is has_filter]
+        if rows:
+            chosen = [requests[row] for row in rows]
+            found = candidates(logits[rows], [request.params for request in chosen])
+            columns = draw(found.weights, [request.rng.random() for request in chosen])
+            for row, token in zip(rows, found.token_ids.gather(-1, columns[:, None])[:, 0].tolist(), strict=True):
+                tokens[row] = token
+    return tokens
 
 
-def most_likely(logits: Tensor) -> Tensor:
-    """Token (n,) int64 of the highest of each row's ``logits`` (n, vocab_size): the first of equals, NaN above all."""
-    if logits.device.type == "cpu":  # torch compares one number at a time there, NumPy a vector
-        return torch.from_numpy(logits.numpy().argmax(-1))
-    return logits.argmax(-1)
+def most_likely(logits: Tensor) -> list[int | None]:
+    """Token of the highest of each row's ``logits`` (n, vocab_size), the first of equals; None where one is not finite.
 
-
-def probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Distribution (n, vocab_size) float64 that each row of ``logits`` is drawn from, filters applied."""
-    temperature = _column([item.temperature for item in params], logits.device)
-    probs = torch.softmax(logits.double() / temperature, dim=-1)
-    filtered = [row for row, item in enumerate(params) if item.has_filter]
-    if filtered:
-        rows = torch.tensor(filtered, device=logits.device)
-        probs[rows] = _filter(probs[rows], [params[row] for row in filtered])
-    return probs
-
-
-def draw(probs: Tensor, uniforms: Sequence[float]) -> Tensor:
-    """Token (n,) int64 of each row of ``probs`` (n, vocab_size) at its ``uniforms`` in [0, 1).
-
-    Rows need not sum to exactly one; a token of probability zero is never chosen.
+    NaN and infinity win every comparison: where a row holds one, it is what is found.
     """
-    cumulative = probs.cumsum(-1)
+    if logits.device.type == "cpu":
+        rows = logits.numpy()
+        tokens = rows.argmax(-1).tolist()
+        highest = [rows.item(row, token) for row, token in enumerate(tokens)]
+    else:
+        best = logits.argmax(-1)
+        tokens, highest = best.tolist(), logits.gather(-1, best[:, None])[:, 0].tolist()
+    return [token if math.isfinite(value) else None for token, value in zip(tokens, highest, strict=True)]
+
+
+def candidates(logits: Tensor, params: Sequence[SamplingParams]) -> Candidates:
+    """The tokens of each row of finite ``logits`` (n, vocab_size) that its filters leave, and their weights."""
+    weights = logits.double() - logits.amax(-1, keepdim=True)
+    weights.div_(_column([item.temperature for item in params], logits.device)).exp_()
+    if not any(item.has_filter for item in params):
+        return Candidates(torch.arange(weights.shape[-1], device=weights.device).expand_as(weights), weights)
+    if any(item.min_p > 0.0 for item in params):
+        weights.masked_fill_(weights < _column([item.min_p for item in params], weights.device), 0.0)
+    whole = weights.sum(-1, keepdim=True)
+    found = _shortlist(weights, whole, params)
+    return found._replace(weights=_filter(found.weights, whole, params))
+
+
+def draw(weights: Tensor, uniforms: Sequence[float]) -> Tensor:
+    """Column (n,) int64 of each row of ``weights`` (n, width) at its ``uniforms`` in [0, 1).
+
+    Rows need not sum to one; a column of weight zero is never chosen.
+    """
+    cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
     # Rounding may lift the product to the total itself, past the last token.
-    targets = torch.minimum(_column(uniforms, probs.device) * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp_(max=probs.shape[-1] - 1)
+    targets = torch.minimum(_column(uniforms, weights.device) * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, targets, right=True).squeeze(-1).clamp_(max=weights.shape[-1] - 1)
 
 
-def _filter(probs: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    vocab_size, device = probs.shape[-1], probs.device
-    # Stable, so that among equals the lowest token ids stay and exactly top_k are kept.
-    ranked, order = probs.sort(dim=-1, descending=True, stable=True)
-    ranked = ranked.masked_fill(ranked < _column([item.min_p for item in params], device) * ranked[:, :1], 0.0)
-    top_k = _column([item.top_k or vocab_size for item in params], device)
-    ranked = ranked.masked_fill(torch.arange(vocab_size, device=device) >= top_k, 0.0)
-    ranked = ranked / ranked.sum(-1, keepdim=True)
+def _shortlist(weights: Tensor, whole: Tensor, params: Sequence[SamplingParams]) -> Candidates:
+    """The tokens of each row of ``weights`` (n, vocab_size) but for those that top_k or top_p drops for sure.
+
+    On other devices than a CPU, all of them: there it takes longer to collect a few than to sort them all.
+    whole: (n, 1), sum of each row
+    """
+    if weights.device.type != "cpu":
+        return Candidates(torch.arange(weights.shape[-1], device=weights.device).expand_as(weights), weights)
+    token_ids = [
+        torch.from_numpy(_top_k(row, item.top_k) if item.top_k else _around_nucleus(row, item.top_p * total))
+        for row, total, item in zip(weights.numpy(), whole[:, 0].tolist(), params, strict=True)
+    ]
+    shortest = [row[tokens] for row, tokens in zip(weights, token_ids, strict=True)]
+    return Candidates(pad_sequence(token_ids, batch_first=True), pad_sequence(shortest, batch_first=True))
+
+
+def _top_k(weights: _Weights, top_k: int) -> _TokenIds:
+    """The ``top_k`` heaviest tokens, and all that are equal to the last of them."""
+    least = np.partition(weights, -top_k)[-top_k] if top_k < len(weights) else 0.0
+    return np.flatnonzero(weights >= least)
+
+
+def _around_nucleus(weights: _Weights, mass: float) -> _TokenIds:
+    """All tokens above some weight, which hold ``mass`` or more together: there are no others in its nucleus."""
+    rest = weights.sum() - mass
+    for most in (256, 4096, len(weights)):  # so many tokens that are not above it hold no more than the rest
+        token_ids = np.flatnonzero(weights > rest / most)
+        if weights[token_ids].sum() >= mass:
+            return token_ids
+    return np.flatnonzero(weights)
+
+
+def _filter(weights: Tensor, whole: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Candidates' ``weights`` (n, width) with zeros for those that top_k and top_p drop.
+
+    whole: (n, 1), sum over the vocabulary
+    """
+    width, device = weights.shape[-1], weights.device
+    ranked = _descending(weights)
+    top_k = _column([item.top_k or math.inf for item in params], device)
+    ranked = ranked.masked_fill(torch.arange(width, device=device) >= top_k, 0.0)
+    whole = torch.where(top_k.isinf(), whole, ranked.sum(-1, keepdim=True))
     # A token stays while those before it do not hold top_p yet: the one that crosses the line is kept.
     before = ranked.cumsum(-1) - ranked
     top_p = _column([item.top_p for item in params], device)
-    ranked = ranked.masked_fill((before >= top_p) & (top_p < 1.0), 0.0)
-    ranked = ranked / ranked.sum(-1, keepdim=True)
-    return torch.zeros_like(probs).scatter_(-1, order, ranked)
+    ranked = ranked.masked_fill((before >= top_p * whole) & (top_p < 1.0), 0.0)
+    num_kept = (ranked > 0.0).sum(-1, keepdim=True)
+    least = ranked.gather(-1, num_kept - 1)
+    # Among equals the lowest token ids stay, and exactly as many as were kept.
+    num_equal = num_kept - (ranked > least).sum(-1, keepdim=True)
+    is_equal = weights == least
+    is_dropped = (weights < least) | (is_equal & (is_equal.cumsum(-1) > num_equal))
+    return weights.masked_fill(is_dropped, 0.0)
+
+
+def _descending(values: Tensor) -> Tensor:
+    """Each row of ``values`` (n, width) from high to low."""
+    if values.device.type != "cpu":
+        return values.sort(dim=-1, descending=True).values
+    return torch.from_numpy(np.sort(values.numpy(), axis=-1)).flip(-1)
 
 
 def _column(values: Sequence[float], device: torch.device) -> Tensor:

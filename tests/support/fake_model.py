@@ -16,7 +16,7 @@ from models.artifact.execution import Execution
 from models.artifact.format import Manifest, TensorRecord, self_hash
 from models.artifact.load import LoadedModel
 from models.config import BuildConfig
-from models.llama.batch import Batch
+from models.llama.batch import Batch, TokenBatch
 from models.llama.config import LlamaConfig
 from models.llama.kv_cache import PagedKVCache
 
@@ -94,6 +94,11 @@ class FakeModel(nn.Module):
         logits[:, letters] = torch.sin(hidden.double() * (letters + 1) * 0.37).float() * 3
         logits[hidden[:, 0] < 0] = float("nan")
         return logits
+
+    def step(self, tokens: TokenBatch, kv_cache: PagedKVCache | None) -> Tensor | None:
+        batch, rows = tokens.tensors(self.device)
+        hidden = self(batch, kv_cache)
+        return self.logits(hidden[rows]) if len(rows) else None
 
     def next_token(self, token_ids: Sequence[int]) -> int:
         """The greedy choice after ``token_ids``, without batch or cache."""

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from models.errors import KernelError
 from models.evaluate.generate import generate_greedily
-from models.llama import native
-from models.llama.batch import Batch, SequenceSpan
+from models.llama import native, native_programs
+from models.llama.batch import Batch, SequenceSpan, TokenBatch
 from models.llama.native import NativeLlama
 from models.llama.native_cache import NativeKVCache
 from models.scheme import ActivationScheme, QuantScheme, VocabularyScheme
@@ -182,11 +182,37 @@ def test_greedy_generation_is_that_without_a_cache(saved: Saved) -> None:
     assert generate_greedily(model, TOKENS[:9], 40, lambda new: False) == tokens[9:]
 
 
+def decoded(model: NativeLlama, cache: NativeKVCache, tables: Sequence[list[int]], position: int) -> Tensor:
+    """Logits (num_sequences, vocab_size) of ``TOKENS[position]``, a step in which all sequences decode."""
+    spans = [SequenceSpan(i, 1, position + 1, None, table) for i, table in enumerate(tables)]
+    rows = list(range(len(tables)))
+    logits = model.step(TokenBatch([TOKENS[position]] * len(tables), spans, rows), cache)
+    assert logits is not None
+    return logits.clone()
+
+
+def test_a_step_gives_the_logits_of_a_call_whichever_rows_are_asked_for(saved: Saved) -> None:
+    model = saved.native()
+    expected, cache = logits_of(model), model.new_cache(24)
+    tables = [[5, 3, 20, 1, 17, 11, 0], [2, 4, 6, 8, 10, 12, 14, 16], [7, 9, 13, 15, 18, 19, 21, 22]]
+    for position in range(40):  # one sequence, then more than the buffers have rows for
+        number = 1 if position < 20 else 3
+        for logits in decoded(model, cache, tables[:number], position)[:1]:
+            assert torch.equal(logits, expected[position])
+    mixed = [SequenceSpan(0, 1, 41, None, tables[0]), SequenceSpan(1, 5, 5, None, tables[1])]
+    some = model.step(TokenBatch([TOKENS[40], *TOKENS[:5]], mixed, [0, 3, 5]), cache)
+    assert some is not None
+    assert torch.equal(some, expected[[40, 2, 4]])
+    inside_prompt = [SequenceSpan(0, 3, 8, None, tables[1])]
+    assert model.step(TokenBatch(TOKENS[5:8], inside_prompt, []), cache) is None
+    assert torch.equal(decoded(model, cache, tables[1:2], 8)[0], expected[8])
+
+
 def test_positions_beyond_the_first_tables_are_made_when_they_come(
     saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = logits_of(saved.native())
-    monkeypatch.setattr(native, "_FIRST_POSITIONS", 8)
+    monkeypatch.setattr(native_programs, "_FIRST_POSITIONS", 8)
     model = saved.native()
     cache = model.new_cache(8)
     assert torch.equal(run_cached(model, cache, [list(range(8))], [5, 20, 75])[0], expected)
@@ -194,10 +220,10 @@ def test_positions_beyond_the_first_tables_are_made_when_they_come(
 
 def test_very_long_batches_leave_no_buffers_behind(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = logits_of(saved.native())
-    monkeypatch.setattr(native, "_KEPT_ROWS", 16)
+    monkeypatch.setattr(native_programs, "_KEPT_ROWS", 16)
     model = saved.native()
     assert torch.equal(logits_of(model), expected)
-    assert model._buffers.num_rows <= 16
+    assert len(model._programs._buffers.hidden) <= 16
 
 
 def test_a_cache_that_is_let_go_takes_its_operators_along(saved: Saved) -> None:

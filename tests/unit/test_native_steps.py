@@ -34,25 +34,26 @@ def batches(draw):
 def test_steps_hold_every_row_once_in_order_with_its_sequences_blocks(case) -> None:
     batch, max_rows = case
     cache = NativeKVCache(fake_config(), 100)
-    tables = given_tables(batch, cache)
+    tables = given_tables(batch.spans, cache)
     owner = {
         row: index for index, span in enumerate(batch.spans) for row in range(span.start, span.start + span.num_tokens)
     }
     row = 0
-    for step in steps_of(batch, tables, max_rows):
+    for step in steps_of(batch.token_ids.tolist(), batch.spans, tables, max_rows):
         starts, num_rows = step.starts.tolist(), len(step.token_ids)
         assert 0 < num_rows <= max_rows
         assert (starts[0], starts[-1]) == (0, num_rows)
-        assert len(starts) == len(step.context_lens) + 1 == len(step.block_tables) + 1
-        assert all(tensor.dtype == torch.int32 for tensor in (step.token_ids, step.positions, step.block_tables))
+        assert len(starts) == len(step.context_lens) + 1
+        assert len(step.block_tables) == len(step.context_lens) * step.table_stride
+        assert all(numbers.itemsize == 4 for numbers in step[:5])
         for index, context_len in enumerate(step.context_lens.tolist()):
             rows = range(row + starts[index], row + starts[index + 1])
             assert len(rows) > 0
             assert len({owner[item] for item in rows}) == 1  # and next_sequence differs
             span = batch.spans[owner[rows[0]]]
-            positions = step.positions[starts[index] : starts[index + 1]].tolist()
+            positions = step.positions.tolist()[starts[index] : starts[index + 1]]
             assert positions == list(range(context_len - len(rows), context_len))
-            blocks = step.block_tables[index].tolist()[: -(-context_len // BLOCK)]
+            blocks = step.block_tables.tolist()[index * step.table_stride :][: -(-context_len // BLOCK)]
             assert blocks == list(span.block_table)[: len(blocks)]
         assert step.token_ids.tolist() == batch.token_ids[row : row + num_rows].tolist()
         row += num_rows
@@ -63,14 +64,15 @@ def test_steps_hold_every_row_once_in_order_with_its_sequences_blocks(case) -> N
 @given(batches())
 def test_no_more_steps_than_rows_ask_for(case) -> None:
     batch, max_rows = case
-    steps = list(steps_of(batch, given_tables(batch, NativeKVCache(fake_config(), 100)), max_rows))
+    tables = given_tables(batch.spans, NativeKVCache(fake_config(), 100))
+    steps = list(steps_of(batch.token_ids.tolist(), batch.spans, tables, max_rows))
     assert len(steps) == -(-batch.num_tokens // max_rows)
 
 
 @given(st.lists(st.integers(1, 70), min_size=1, max_size=6))
 def test_fresh_tables_give_every_sequence_blocks_of_its_own(lengths: list[int]) -> None:
     batch = Batch.uncached([list(range(length)) for length in lengths])
-    tables = fresh_tables(batch)
+    tables = fresh_tables(batch.spans)
     assert [len(table) for table in tables] == [-(-length // BLOCK) for length in lengths]
     assert [block for table in tables for block in table] == list(range(sum(map(len, tables))))
 

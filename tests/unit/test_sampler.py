@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from service.engine import sampler
 from service.engine.request import Request, SamplingParams
-from service.engine.sampler import draw, probabilities, sample
+from service.engine.sampler import Candidates, candidates, draw, sample
 
 
 def params(**values):
@@ -17,6 +18,13 @@ def params(**values):
 
 def request(name="r", **values):
     return Request(name, [1], params(**values))
+
+
+def probabilities(logits, rows):
+    """Distribution (n, vocab_size) that each row is drawn from."""
+    token_ids, weights = candidates(logits, rows)
+    whole = torch.zeros(logits.shape, dtype=torch.float64).scatter_add_(-1, token_ids, weights)
+    return whole / whole.sum(-1, keepdim=True)
 
 
 def oracle(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -60,6 +68,59 @@ def is_on_a_threshold(logits, temperature, top_k, top_p, min_p):
         for sign in (-1, 1)
     )
     return lower != pytest.approx(upper, abs=1e-6)
+
+
+def filtered_by_sorting(logits, item):
+    """One row's distribution (vocab_size,): all of it sorted, then cut."""
+    probs = torch.softmax(logits.double() / item.temperature, dim=-1)
+    ranked, order = probs.sort(descending=True, stable=True)
+    ranked = ranked.where(ranked >= item.min_p * ranked[0], 0.0)
+    ranked[item.top_k or len(ranked) :] = 0.0
+    ranked = ranked / ranked.sum()
+    before = ranked.cumsum(-1) - ranked
+    ranked = ranked.where((before < item.top_p) | torch.tensor(item.top_p == 1.0), 0.0)
+    return torch.zeros_like(probs).scatter_(-1, order, ranked / ranked.sum())
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([0.3, 1.0, 4.0]),
+    st.sampled_from([0.0, 0.02, 0.25]),
+    st.lists(
+        st.tuples(
+            st.floats(0.2, 2.0),
+            st.sampled_from([0, 1, 5, 50, 700, 3000]),
+            st.sampled_from([0.03, 0.5, 0.9, 0.99, 0.999999, 1.0]),
+            st.sampled_from([0.0, 1e-9, 1e-3, 0.1, 1.0]),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+)
+@example(0, 4.0, 0.0, [(1.0, 700, 0.99, 0.0)])  # what top_k left holds more than the tokens around the nucleus
+def test_large_vocabularies_are_filtered_and_drawn_from_as_if_all_of_them_was_sorted(seed, spread, grain, values):
+    # coarse grains give many equal logits, so that a limit often falls among equals
+    logits = torch.randn(len(values), 2000, generator=torch.Generator().manual_seed(seed)) * spread
+    logits = (logits / grain).round() * grain if grain else logits
+    rows = [params(temperature=t, top_k=k, top_p=p, min_p=m, seed=seed) for t, k, p, m in values]
+    expected = torch.stack([filtered_by_sorting(row, item) for row, item in zip(logits, rows, strict=True)])
+    torch.testing.assert_close(probabilities(logits, rows), expected, rtol=1e-9, atol=0.0)
+    requests = [Request(str(index), [1], item) for index, item in enumerate(rows)]
+    uniforms = [Request("again", [1], item).rng.random() for item in rows]
+    assert sample(logits, requests) == draw(expected, uniforms).tolist()
+
+
+def test_filtering_all_tokens_as_on_other_devices_gives_the_same(monkeypatch):
+    logits = torch.randn(6, 2000, generator=torch.Generator().manual_seed(5)).mul(8).round() / 4
+    rows = [params(top_k=k, top_p=p, min_p=m) for k in (0, 40) for p, m in ((0.9, 0.0), (1.0, 0.01), (0.7, 0.001))]
+    expected = probabilities(logits, rows)
+
+    def everything(weights, whole, params):
+        return Candidates(torch.arange(weights.shape[-1]).expand_as(weights), weights)
+
+    monkeypatch.setattr(sampler, "_shortlist", everything)
+    torch.testing.assert_close(probabilities(logits, rows), expected, rtol=1e-12, atol=0.0)
 
 
 def test_each_filter_alone_on_a_distribution_of_halves():

@@ -1,8 +1,10 @@
 """Lists of fused operators over fixed buffers, made once, and the calls that take a batch through them."""
 
 import ctypes
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,34 +67,33 @@ class AttentionShape:
     qkv: ActivationScheme | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StepInputs:
-    """One batch as the kernels take it, int32 throughout: consecutive rows of tokens, one run of rows per sequence.
+class StepInputs(NamedTuple):
+    """One batch as the kernels take it, 32-bit integers throughout: one run of consecutive rows per sequence.
+
+    Arrays, not tensors: a step makes five, and making and addressing a tensor takes many times as long.
 
     token_ids, positions: (num_tokens,)
     starts:       (num_sequences + 1,), first row of each sequence, then num_tokens
     context_lens: (num_sequences,), tokens in the cache when this step is done
-    block_tables: (num_sequences, stride)
+    block_tables: (num_sequences, table_stride), row by row
     """
 
-    token_ids: Tensor
-    positions: Tensor
-    starts: Tensor
-    context_lens: Tensor
-    block_tables: Tensor
+    token_ids: "array[int]"
+    positions: "array[int]"
+    starts: "array[int]"
+    context_lens: "array[int]"
+    block_tables: "array[int]"
+    table_stride: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Rows of the step."""
+        return len(self.token_ids)
 
     def struct(self) -> Step:
-        """``qerve_step``; points into the tensors here."""
-        return Step(
-            token_ids=self.token_ids.data_ptr(),
-            positions=self.positions.data_ptr(),
-            starts=self.starts.data_ptr(),
-            context_lens=self.context_lens.data_ptr(),
-            block_tables=self.block_tables.data_ptr(),
-            num_tokens=len(self.token_ids),
-            num_sequences=len(self.context_lens),
-            table_stride=self.block_tables.shape[1],
-        )
+        """``qerve_step``; points into the arrays here."""
+        addresses = [numbers.buffer_info()[0] for numbers in self[:5]]
+        return Step(*addresses, self.num_tokens, len(self.context_lens), self.table_stride)
 
 
 class LinearCall:
