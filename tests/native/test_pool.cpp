@@ -24,14 +24,10 @@ void count_together(void* pointer, int thread) {
     auto& rounds = *static_cast<Rounds*>(pointer);
     for (int i = 0; i < kRounds; ++i) {
         ++rounds.counts[static_cast<size_t>(thread)];
-        rounds.pool.barrier(
-            [](void* state) {
-                auto& r = *static_cast<Rounds*>(state);
-                r.total = std::accumulate(r.counts.begin(), r.counts.end(), 0);
-            },
-            &rounds);
+        rounds.pool.barrier([&] { rounds.total = std::accumulate(rounds.counts.begin(), rounds.counts.end(), 0); },
+                            [] {});
         if (rounds.total % rounds.pool.num_threads() != 0) rounds.is_consistent = false;
-        rounds.pool.barrier(nullptr, nullptr);
+        rounds.pool.barrier();
     }
 }
 

@@ -1,7 +1,5 @@
 #include "pool.h"
 
-#include "wait.h"
-
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <pthread.h>
@@ -51,12 +49,10 @@ void Signal::advance() {
     if (num_sleepers_.load() > 0) wake_all(word_);
 }
 
-void Signal::wait_while(uint32_t value) {
-    while (!spin_until([&] { return word_.load(std::memory_order_acquire) != value; })) {
-        num_sleepers_.fetch_add(1);
-        if (word_.load() == value) sleep_on(word_, value);
-        num_sleepers_.fetch_sub(1);
-    }
+void Signal::sleep_while(uint32_t value) {
+    num_sleepers_.fetch_add(1);
+    if (word_.load() == value) sleep_on(word_, value);
+    num_sleepers_.fetch_sub(1);
 }
 
 Pool::Pool(int num_threads, bool is_pinned) {
@@ -79,27 +75,16 @@ void Pool::run(Job job, void* state) {
     state_ = state;
     started_.advance();
     job(state, 0);
-    barrier(nullptr, nullptr);
+    barrier();
 }
 
 void Pool::work(int thread) {
     for (uint32_t seen = 0;; ++seen) {
-        started_.wait_while(seen);
+        started_.wait_while(seen, [] {});
         if (is_stopping_) return;
         job_(state_, thread);
-        barrier(nullptr, nullptr);
+        barrier();
     }
-}
-
-void Pool::barrier(void (*on_last)(void*), void* state) {
-    const uint32_t seen = passed_.value();
-    if (num_arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < num_threads()) {
-        passed_.wait_while(seen);
-        return;
-    }
-    if (on_last != nullptr) on_last(state);
-    num_arrived_.store(0, std::memory_order_relaxed);
-    passed_.advance();
 }
 
 }  // namespace qerve

@@ -8,6 +8,8 @@
 #include <thread>
 #include <vector>
 
+#include "wait.h"
+
 namespace qerve {
 
 // A number that threads wait on: spin, yield, then sleep until somebody changes it.
@@ -15,9 +17,16 @@ class Signal {
 public:
     uint32_t value() const { return word_.load(std::memory_order_acquire); }
     void advance();                   // by one; wakes whoever sleeps
-    void wait_while(uint32_t value);  // returns once the number is another one
+
+    // Returns once the number is another one. `meanwhile` is called now and then, while that is expected soon.
+    template <class Use>
+    void wait_while(uint32_t value, Use&& meanwhile) {
+        while (!spin_until([&] { return this->value() != value; }, meanwhile)) sleep_while(value);
+    }
 
 private:
+    void sleep_while(uint32_t value);
+
     std::atomic<uint32_t> word_{0};
     std::atomic<uint32_t> num_sleepers_{0};
 };
@@ -36,8 +45,22 @@ public:
     // Every thread runs job(state, thread); returns when all are done. One caller at a time.
     void run(Job job, void* state);
 
-    // Inside a job: returns when all threads are here; the last to come calls on_last(state) before anybody goes on.
-    void barrier(void (*on_last)(void*), void* state);
+    // Inside a job: returns when all threads are here; the last to come calls on_last() before anybody goes on. The
+    // others call `meanwhile` now and then.
+    template <class Last, class Use>
+    void barrier(Last&& on_last, Use&& meanwhile) {
+        const uint32_t seen = passed_.value();
+        if (num_arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < num_threads()) {
+            passed_.wait_while(seen, meanwhile);
+            return;
+        }
+        on_last();
+        num_arrived_.store(0, std::memory_order_relaxed);
+        passed_.advance();
+    }
+    void barrier() {
+        barrier([] {}, [] {});
+    }
 
 private:
     void work(int thread);

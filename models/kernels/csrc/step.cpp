@@ -31,8 +31,8 @@ void Step::work(int thread) {
             case QERVE_OP_LINEAR: linear(i, thread); break;
             default: attention(i, thread); break;
         }
-        if (ops_[i].kind != QERVE_OP_ATTENTION) fetch_ahead(i, thread);
-        meet();
+        Fetcher ahead = weights_behind(i, thread);
+        meet(ahead);
     }
 }
 

@@ -12,6 +12,23 @@
 namespace qerve {
 
 constexpr int kMaxParts = 8;  // weights of a linear operator
+constexpr int kLinesWhileWaiting = 4;
+
+// Asks for memory that is needed soon, a few cache lines at a time: more at once than the processor can wait for would
+// stop it.
+class Fetcher {
+public:
+    Fetcher() = default;
+    Fetcher(const uint8_t* memory, int64_t num_bytes) : next_(memory), end_(memory + num_bytes) {}
+
+    void fetch(int num_lines) {
+        for (; num_lines > 0 && next_ < end_; --num_lines, next_ += 64) __builtin_prefetch(next_, 0, 2);
+    }
+
+private:
+    const uint8_t* next_ = nullptr;
+    const uint8_t* end_ = nullptr;
+};
 
 class Step {
 public:
@@ -72,19 +89,21 @@ private:
 
     int own_units(int num_units) const { return 7 * num_units / (8 * context_.pool.num_threads()); }
 
-    // All threads are here, and what was shared can be shared anew.
+    // All threads are here, and what was shared can be shared anew. Who waits fetches a little of what is ahead.
+    void meet(Fetcher& ahead) {
+        const auto on_last = [this] {
+            context_.next.store(0, std::memory_order_relaxed);
+            context_.num_reduced.store(0, std::memory_order_relaxed);
+        };
+        context_.pool.barrier(on_last, [&] { ahead.fetch(kLinesWhileWaiting); });
+    }
     void meet() {
-        context_.pool.barrier(
-            [](void* context) {
-                static_cast<qerve_context*>(context)->next.store(0, std::memory_order_relaxed);
-                static_cast<qerve_context*>(context)->num_reduced.store(0, std::memory_order_relaxed);
-            },
-            &context_);
+        Fetcher nothing;
+        meet(nothing);
     }
 
-    // Ask for the first weights of this thread's share of the first linear operator behind `index`: they come while the
-    // others finish, and while its input is prepared.
-    void fetch_ahead(int index, int thread) const;
+    // The first weights of this thread's share of the first linear operator behind `index`.
+    Fetcher weights_behind(int index, int thread) const;
 
     qerve_context& context_;
     const Kernels& kernels_;

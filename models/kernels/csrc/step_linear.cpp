@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "linear.h"
 #include "step.h"
 
 namespace qerve {
@@ -183,9 +182,7 @@ private:
     int num_reduced_ = 0;
 };
 
-void fetch(const void* memory, int64_t num_bytes) {
-    for (int64_t at = 0; at < num_bytes; at += 64) __builtin_prefetch(static_cast<const uint8_t*>(memory) + at, 0, 2);
-}
+constexpr int64_t kMostFetched = 16384;
 
 }  // namespace
 
@@ -203,17 +200,17 @@ void Step::linear(int index, int thread) {
     else share_rest(work.num_reduced(), work.num_units(), multiply, kStripsTogether);
 }
 
-void Step::fetch_ahead(int index, int thread) const {
-    if (step_.num_tokens > kRowsTogether) return;
+Fetcher Step::weights_behind(int index, int thread) const {
+    if (step_.num_tokens > kRowsTogether) return {};
     for (int i = index + 1; i < num_ops_; ++i) {
         if (ops_[i].kind != QERVE_OP_LINEAR) continue;
         const auto& op = *static_cast<const qerve_linear_op*>(ops_[i].args);
         const StripAt at = strip_at(op, thread * own_units(num_strips_in_all(op)));
         const qerve_matrix& matrix = *op.parts[at.part];
         const int64_t left = (num_strips(matrix) - at.strip) * matrix.strip_bytes;
-        fetch(matrix.strips + at.strip * matrix.strip_bytes, std::min<int64_t>(kBytesAhead, left));
-        return;
+        return {matrix.strips + at.strip * matrix.strip_bytes, std::min(kMostFetched, left)};
     }
+    return {};
 }
 
 }  // namespace qerve

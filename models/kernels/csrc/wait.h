@@ -27,11 +27,12 @@ static inline void relax() {
 #endif
 }
 
-// True once `is_done`; false when patience is over.
-template <class Condition>
-inline bool spin_until(Condition&& is_done) {
+// True once `is_done`; false when patience is over. `meanwhile` is called now and then, a few instructions of use.
+template <class Condition, class Use>
+inline bool spin_until(Condition&& is_done, Use&& meanwhile) {
     for (int i = 0; i < kSpins; ++i) {
         if (is_done()) return true;
+        meanwhile();
         relax();
     }
     const auto end = std::chrono::steady_clock::now() + kPatience;
@@ -45,7 +46,7 @@ inline bool spin_until(Condition&& is_done) {
 // The threads that work on what is waited for were running when they took it: they need no wake-up.
 static inline void wait_for(const Progress& progress) {
     if (progress.count == nullptr) return;
-    while (!spin_until([&] { return progress.count->load(std::memory_order_acquire) >= progress.target; })) {
+    while (!spin_until([&] { return progress.count->load(std::memory_order_acquire) >= progress.target; }, [] {})) {
     }
 }
 
