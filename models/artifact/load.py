@@ -24,6 +24,8 @@ from .execution import Execution, RunOptions, resident_bytes, run_natively, warn
 from .format import Manifest
 from .reader import ArtifactReader, Verify
 
+_FREED_AT_ONCE = 1 << 24
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
@@ -64,6 +66,7 @@ class ArtifactWeights:
         self._device = device
         self._dtype = dtype
         self._shared_head: LowRankLinear | None = None
+        self._freed_bytes = 0
 
     def tensor(self, name: str) -> Tensor:
         """An unquantized parameter on its device.
@@ -91,8 +94,11 @@ class ArtifactWeights:
             return self._shared_head
         weights = self._reader.linear(path)
         layer = self._embedding(weights) if path == EMBEDDING else self._layer(path, weights, self._backends)
+        self._freed_bytes += weights.quantized.codes.nbytes
         del weights
-        return_freed_memory()
+        if self._freed_bytes >= _FREED_AT_ONCE:
+            return_freed_memory()
+            self._freed_bytes = 0
         return layer
 
     def _embedding(self, weights: LinearWeights) -> LowRankLinear:

@@ -86,11 +86,19 @@ def _spread(word: Tensor, num_bits: int, num_fields: int) -> Tensor:
     """(rows, words) -> (rows, words * num_fields) uint8: the fields of ``num_bits`` of every word, lowest first.
 
     Each word becomes a wider one with a byte per field, which is then read as bytes: whole-tensor operations only,
-    where writing field by field would stride through memory (20 times slower).
+    where writing field by field would stride through memory (20 times slower). Every round moves the upper half of
+    all groups of fields away from the lower half.
     """
-    wide = word.to(_DTYPE_OF_BYTES[num_fields])
-    mask = (1 << num_bits) - 1
-    spread = wide & mask
-    for field in range(1, num_fields):
-        spread |= ((wide >> (field * num_bits)) & mask) << (field * 8)
+    spread = word.to(_DTYPE_OF_BYTES[num_fields])
+    together = num_fields
+    while together > 1:
+        together //= 2
+        lower = _repeated((1 << together * num_bits) - 1, 16 * together, num_fields)
+        stays = spread & lower
+        spread = (spread << together * (8 - num_bits)).bitwise_and_(lower << 8 * together).bitwise_or_(stays)
     return spread.view(torch.uint8)
+
+
+def _repeated(value: int, distance: int, num_bytes: int) -> int:
+    """``value`` every ``distance`` bits of ``num_bytes`` bytes; its sign bit stays clear."""
+    return sum(value << at for at in range(0, 8 * num_bytes, distance))

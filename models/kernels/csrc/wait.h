@@ -17,7 +17,7 @@
 namespace qerve {
 
 constexpr int kSpins = 256;
-constexpr std::chrono::microseconds kPatience{2000};  // what Python does between two steps is shorter than this
+constexpr std::chrono::microseconds kPatience{5000};  // what a server does between two steps is shorter than this
 
 static inline void relax() {
 #if defined(__x86_64__) || defined(_M_X64)
