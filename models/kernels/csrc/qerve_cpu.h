@@ -99,7 +99,7 @@ enum qerve_output_mode {
 typedef struct qerve_linear_op {
     qerve_input input;
     const float* x; /* (num_tokens, ldx) */
-    float* y;       /* (num_tokens, ldy) */
+    float* y;       /* (num_tokens, ldy), apart from x */
     const qerve_matrix* const* parts;
     const int32_t* columns; /* first output column of each part */
     int64_t ldx;
