@@ -17,18 +17,11 @@ from numpy.typing import NDArray
 
 from models.bench.random_model import SHAPES
 from models.llama.config import LlamaConfig
+from models.llama.gguf import gguf_name
+from models.scheme import HEAD
 
 _Q4_0, _Q6_K, _F32 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q6_K, gguf.GGMLQuantizationType.F32
 _SCALE = 0.004
-_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def main() -> None:
@@ -66,18 +59,13 @@ def _tensors(
     config: LlamaConfig,
 ) -> Iterator[tuple[str, NDArray[np.uint8] | NDArray[np.float32], gguf.GGMLQuantizationType]]:
     generator = np.random.default_rng(0)
-    norm = np.ones(config.hidden_size, dtype=np.float32)
-    table = (config.vocab_size, config.hidden_size)
-    yield "token_embd.weight", _random_blocks(generator, *table, _Q4_0), _Q4_0
-    yield "output_norm.weight", norm, _F32
-    yield "output.weight", _random_blocks(generator, *table, _Q6_K), _Q6_K
-    for index in range(config.num_hidden_layers):
-        for path, shape in config.layer_linear_shapes(index).items():
-            name = _NAMES[path.split(".", 3)[3]]
-            blocks = _random_blocks(generator, shape.out_features, shape.in_features, _Q4_0)
-            yield f"blk.{index}.{name}.weight", blocks, _Q4_0
-        yield f"blk.{index}.attn_norm.weight", norm, _F32
-        yield f"blk.{index}.ffn_norm.weight", norm, _F32
+    for name, shape in config.tensor_shapes().items():
+        if len(shape) == 1:
+            yield gguf_name(name), np.ones(shape, dtype=np.float32), _F32
+        else:
+            num_rows, num_columns = shape
+            kind = _Q6_K if name.removesuffix(".weight") == HEAD else _Q4_0
+            yield gguf_name(name), _random_blocks(generator, num_rows, num_columns, kind), kind
 
 
 def _random_blocks(

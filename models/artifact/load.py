@@ -24,7 +24,7 @@ from .execution import Execution, RunOptions, resident_bytes, run_natively, warn
 from .format import Manifest
 from .reader import ArtifactReader, Verify
 
-_FREED_AT_ONCE = 1 << 24
+_FREED_AT_ONCE = 1 << 24  # bytes: asking after every layer takes a tenth of a small network's load
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,16 +80,16 @@ class GgufCheckpoint:
         Raises:
             CheckpointError: it does not exist, or its type cannot be dequantized.
         """
-        gguf_name = _gguf_name(name)
-        if gguf_name not in self._file.tensors:
-            raise CheckpointError(f"{self.path}: there is no tensor {gguf_name} ({name})")
-        tensor = self._file.read(gguf_name, narrow)
+        stored_name = gguf_name(name)
+        if stored_name not in self._file.tensors:
+            raise CheckpointError(f"{self.path}: there is no tensor {stored_name} ({name})")
+        tensor = self._file.read(stored_name, narrow)
         if self._architecture == "llama" and name.endswith(PERMUTED):
             return undo_row_permutation(tensor, self.config.head_dim)
         return tensor
 
     def _check(self) -> None:
-        expected = {_gguf_name(name): shape for name, shape in self.config.tensor_shapes().items()}
+        expected = {gguf_name(name): shape for name, shape in self.config.tensor_shapes().items()}
         missing = [name for name in expected if name not in self._file.tensors]
         surplus = sorted(self._file.tensors.keys() - expected.keys() - {ROPE_FACTORS})
         for names, problem in ((missing, "missing"), (surplus, f"unknown to architecture {self._architecture}")):
@@ -188,7 +188,8 @@ def _rope_scaling(fields: ConfigFields, architecture: str, head_dim: int, file: 
     return recover_llama3_scaling(file.read(ROPE_FACTORS).to(torch.float64), theta, head_dim, str(file.path))
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
+    """What GGUF files call the tensor that Hugging Face checkpoints call ``name``."""
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
     layer_index, _, rest = name.removeprefix("model.layers.").partition(".")
