@@ -52,8 +52,11 @@ class SamplingParams:
 class Request:
     """One sequence from admission to its last token.
 
+    cache_salt:          requests share cached prefixes only with those of the same one
     block_table:         cache blocks it holds, in the order of its tokens
+    block_keys:          what its leading full blocks are found by, as far as that was asked for
     num_computed_tokens: leading tokens whose keys and values are in the cache
+    num_cached_tokens:   prompt tokens that were in the cache when it first ran
     *_seconds:           times on the engine's clock
     """
 
@@ -61,9 +64,12 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     arrival_seconds: float = 0.0
+    cache_salt: str = ""
     output_token_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     scheduled_seconds: float | None = None
     first_token_seconds: float | None = None
@@ -91,13 +97,18 @@ class Request:
 
     @property
     def num_reserved_tokens(self) -> int:
-        """Tokens it can ever hold: what the cache must have room for before it starts."""
+        """Tokens it can ever hold: what the cache as a whole must have room for."""
         return self.num_prompt_tokens + self.params.max_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
         """Known tokens that are still to be computed: what is left of the prompt, then the newest token."""
         return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only its newest token is to be computed: while it runs, every step gives the next one."""
+        return self.num_uncomputed_tokens == 1
 
     @property
     def is_prompt_computed(self) -> bool:
