@@ -112,6 +112,16 @@ class Metrics(EngineObserver):
         self._http_requests.labels(method=method, path=path, status=str(status)).inc()
         self._http_seconds.labels(method=method, path=path).observe(seconds)
 
+    def request_started(self, request: Request) -> None:
+        """See ``EngineObserver``."""
+        self._prefix_queries.inc(request.num_prompt_tokens)
+        self._prefix_hits.inc(request.num_cached_tokens)
+        self._prompt_tokens_cached.inc(request.num_cached_tokens)
+
+    def request_preempted(self, request: Request) -> None:
+        """See ``EngineObserver``."""
+        self._preemptions.inc()
+
     def step_ran(self, num_tokens: int) -> None:
         """See ``EngineObserver``."""
         self._iteration_tokens.observe(num_tokens)
@@ -128,6 +138,9 @@ class Metrics(EngineObserver):
 
     def request_finished(self, request: Request) -> None:
         """See ``EngineObserver``."""
+        if request.params.max_tokens == 0:  # only computed and scored: a window of some other request, or all prompt
+            self._prompt_tokens.inc(request.num_computed_tokens)
+            return
         self._success.labels(**self._labels, finished_reason=str(request.finish_reason)).inc()
         finished, first = request.finished_seconds or 0.0, request.first_token_seconds
         self._e2e.observe(finished - request.arrival_seconds)
@@ -152,6 +165,10 @@ class Metrics(EngineObserver):
     def _add_counters(self) -> None:
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed")
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated")
+        self._prompt_tokens_cached = self._counter("prompt_tokens_cached", "Prompt tokens taken from the prefix cache")
+        self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked for in the prefix cache")
+        self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
+        self._preemptions = self._counter("num_preemptions", "Requests that gave way to earlier ones for a while")
         self._success = self._counter("request_success", "Requests that ended, by reason", "finished_reason")
         self._rejected = self._counter("requests_rejected", "Requests turned away, by reason", "reason")
         self._disconnects = self._counter("client_disconnects", "Clients that left before their answer was complete")

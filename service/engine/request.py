@@ -21,6 +21,8 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How the next token is chosen and when generation ends.
 
+    max_tokens: tokens to generate; 0: the prompt is computed, and scored if that is asked for, and that is all
+    num_prompt_logprobs: score the prompt, with so many of the likeliest tokens at each place; None: do not
     top_k:  keep the k most likely tokens; 0: all
     top_p:  of those, keep the fewest that hold this share of the probability
     min_p:  before both, drop tokens less likely than this fraction of the most likely one
@@ -36,6 +38,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    num_prompt_logprobs: int | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -52,6 +55,8 @@ class SamplingParams:
 class Request:
     """One sequence from admission to its last token.
 
+    score_from:          first prompt token that is still to be scored, if the prompt is; the very first never is, as it
+                         has nothing to follow from
     cache_salt:          requests share cached prefixes only with those of the same one
     block_table:         cache blocks it holds, in the order of its tokens
     block_keys:          what its leading full blocks are found by, as far as that was asked for
@@ -64,6 +69,7 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     arrival_seconds: float = 0.0
+    score_from: int = 1
     cache_salt: str = ""
     output_token_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
@@ -79,6 +85,31 @@ class Request:
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.params.seed)  # noqa: S311 draws tokens, not secrets
+
+    @property
+    def is_scored(self) -> bool:
+        """Prompt tokens get log-probabilities."""
+        return self.params.num_prompt_logprobs is not None
+
+    @property
+    def wants_tokens(self) -> bool:
+        """Something is to be generated."""
+        return self.params.max_tokens > 0
+
+    @property
+    def num_cacheable_tokens(self) -> int:
+        """Leading tokens that need not be computed when their keys and values are at hand.
+
+        The last one has to be, for the logits of the next; so has whatever a scored token follows on.
+        """
+        is_to_be_scored = self.is_scored and self.score_from < self.num_prompt_tokens
+        return (self.score_from if is_to_be_scored else self.num_tokens) - 1
+
+    def scored_between(self, start: int, end: int) -> range:
+        """Prompt tokens whose log-probabilities tokens ``start .. end`` give: those that follow on them."""
+        if not self.is_scored:
+            return range(0)
+        return range(max(start + 1, self.score_from), min(end + 1, self.num_prompt_tokens))
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -107,7 +138,7 @@ class Request:
 
     @property
     def is_decoding(self) -> bool:
-        """Only its newest token is to be computed: while it runs, every step gives the next one."""
+        """Only its last known token is to be computed: while it runs, every step gives the next one."""
         return self.num_uncomputed_tokens == 1
 
     @property

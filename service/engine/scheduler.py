@@ -25,7 +25,7 @@ from .request import FinishReason, Request
 class ScheduledRequest(NamedTuple):
     """``num_tokens`` tokens of ``request``, from its first uncomputed one on, are computed in this step.
 
-    gets_token: they are all that is known of it, so that the step gives its next token
+    gets_token: they are all that is known of it, so that the step gives its next token, and it wants one
     """
 
     request: Request
@@ -77,7 +77,7 @@ class Scheduler:
     def schedule(self) -> list[ScheduledRequest]:
         """The next step: decodes, then prompts; those that join are moved to ``running`` with blocks for all of it."""
         self.preempted = []
-        step = [ScheduledRequest(request, 1, True) for request in self._decoding()]
+        step = [ScheduledRequest(request, 1, request.wants_tokens) for request in self._decoding()]
         budget = self.max_num_batched_tokens - len(step)
         being_computed: set[bytes] = set()
         for request in self._prompts():
@@ -87,7 +87,7 @@ class Scheduler:
             if num_tokens == 0:
                 break
             is_last_chunk = num_tokens == request.num_uncomputed_tokens
-            step.append(ScheduledRequest(request, num_tokens, is_last_chunk))
+            step.append(ScheduledRequest(request, num_tokens, is_last_chunk and request.wants_tokens))
             if not is_last_chunk:
                 break
             budget -= num_tokens
