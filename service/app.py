@@ -94,7 +94,7 @@ def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: M
     }
     metrics.add_value("num_requests_running", "Sequences being generated", lambda: len(scheduler.running))
     metrics.add_value("num_requests_waiting", "Sequences that wait for a seat", lambda: len(scheduler.waiting))
-    metrics.add_value("kv_cache_usage_perc", "Share of the key-value cache that requests hold, 0 to 1", lambda: blocks.usage)
+    metrics.add_value("kv_cache_usage_perc", "Share of the key-value cache in use, 0 to 1", lambda: blocks.usage)
     metrics.add_group(
         "kv_cache_bytes",
         "Key-value cache: all of it, what requests hold, and what is kept of former ones until that is wanted",

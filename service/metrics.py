@@ -163,7 +163,7 @@ class Metrics(EngineObserver):
         self._nonfinite.inc()
 
     def _add_counters(self) -> None:
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed")
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, computed or taken from the prefix cache")
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated")
         self._prompt_tokens_cached = self._counter("prompt_tokens_cached", "Prompt tokens taken from the prefix cache")
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked for in the prefix cache")

@@ -59,7 +59,7 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def find(self, keys: Sequence[bytes]) -> list[int]:
-        """Blocks of the leading ``keys`` that are in the cache, up to the first that is not. Nothing is held by that."""
+        """Blocks of the leading ``keys``, up to the first that is not in the cache. Nothing is held by that."""
         blocks = []
         for key in keys:
             block = self._found.get(key)
