@@ -51,6 +51,7 @@ class RequestOutput(NamedTuple):
     """What one step gave one request: ``text`` to append; with ``finish_reason`` it is the last one.
 
     prompt_logprobs: of the next scored prompt tokens, in their order
+    num_cached_tokens: prompt tokens that were taken from the prefix cache
     """
 
     request_id: str
@@ -59,6 +60,7 @@ class RequestOutput(NamedTuple):
     finish_reason: FinishReason | None = None
     error: str | None = None
     prompt_logprobs: Sequence[TokenLogprobs] = ()
+    num_cached_tokens: int = 0
 
 
 class Engine:
@@ -179,7 +181,13 @@ class Engine:
             # The text that was still held may have completed a stop string.
             reason = FinishReason.STOP if stream.is_stopped else reason
             self._finish(request, reason)
-        return RequestOutput(request.request_id, text, request.num_output_tokens, reason)
+        return RequestOutput(
+            request.request_id,
+            text,
+            request.num_output_tokens,
+            reason,
+            num_cached_tokens=request.num_cached_tokens,
+        )
 
     def _finish_reason(self, request: Request, is_stopped: bool) -> FinishReason | None:
         if is_stopped:
