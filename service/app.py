@@ -20,6 +20,7 @@ from .engine.async_engine import AsyncEngine
 from .engine.block_manager import BlockManager
 from .engine.capacity import CacheLimits, CachePlan, plan_cache, step_tokens
 from .engine.engine import Engine
+from .engine.ngram import Drafter
 from .engine.runner import Runner
 from .engine.scheduler import Scheduler
 from .errors import install_handlers
@@ -84,7 +85,9 @@ def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: M
     kv_cache = model.new_cache(plan.num_blocks)
     blocks = BlockManager(plan.num_blocks, has_prefix_cache=settings.prefix_caching)
     budget = step_tokens(model.device.type, settings.max_num_seqs, settings.max_num_batched_tokens)
-    scheduler = Scheduler(blocks, settings.max_num_seqs, budget)
+    num_drafted = settings.speculative_tokens
+    drafter = Drafter(num_drafted, settings.ngram_max) if num_drafted else None
+    scheduler = Scheduler(blocks, settings.max_num_seqs, budget, drafter)
     engine = Engine(Runner(model, kv_cache), scheduler, loaded.tokenizer, metrics)
     block_bytes = kv_cache.nbytes / plan.num_blocks
     numbers_of_blocks: dict[str, Callable[[], int]] = {

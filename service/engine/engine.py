@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -12,6 +13,7 @@ from .request import FinishReason, Request
 from .runner import Runner
 from .sampler import sample
 from .scheduler import ScheduledRequest, Scheduler
+from .speculation import sample_drafts
 
 logger = logging.getLogger("qerve.engine")
 
@@ -42,6 +44,9 @@ class EngineObserver:
 
     def request_finished(self, request: Request) -> None:
         """``request`` has its ``finish_reason``."""
+
+    def draft_checked(self, num_tokens: int, num_accepted: int) -> None:
+        """A draft of ``num_tokens`` was computed; the first ``num_accepted`` of them are what the request got."""
 
     def logits_not_finite(self) -> None:
         """A row of logits held NaN or infinity."""
@@ -107,7 +112,9 @@ class Engine:
         return [self._fail(request, message) for request in list(self._requests.values())]
 
     def step(self) -> list[RequestOutput]:
-        """One token for every request whose known tokens this step completes: all but those inside their prompt.
+        """The next token of every request whose known tokens this step completes: all but those inside their prompt.
+
+        Where the tokens of a request's draft turn out to be right, it gets an output for each of them as well.
 
         Requests that are scored get log-probabilities of their prompts' tokens besides, as they are computed.
 
@@ -134,15 +141,21 @@ class Engine:
         """The next token of every request that gets one, None where the logits are not finite; scores of prompts."""
         started = self.clock()
         logits, scores = self._runner.run(scheduled)
-        requests = [item.request for item in scheduled if item.gets_token]
-        tokens = [] if logits is None else sample(logits, requests)
-        for request, num_tokens, _ in scheduled:
-            self.scheduler.advance(request, num_tokens)
+        tokens = [] if logits is None else sample_drafts(logits, scheduled, sample, lambda token: token)
+        for request, num_tokens, _, draft in scheduled:
+            self.scheduler.advance(request, num_tokens - len(draft))
             if request.scheduled_seconds is None:
                 request.scheduled_seconds = started
                 self._observer.request_started(request)
         self._observer.step_ran(sum(item.num_tokens for item in scheduled))
-        return list(zip(requests, tokens, strict=True)), scores
+        self._count_drafts(scheduled, tokens)
+        return tokens, scores
+
+    def _count_drafts(self, scheduled: Sequence[ScheduledRequest], tokens: Sequence[tuple[Request, object]]) -> None:
+        num_tokens = Counter(request for request, _ in tokens)
+        for item in scheduled:
+            if item.draft:
+                self._observer.draft_checked(len(item.draft), num_tokens[item.request] - 1)
 
     def _collect_scores(self, request: Request, scores: Sequence[TokenLogprobs]) -> RequestOutput | None:
         """What a step says of a request's prompt; its end, if nothing is to be generated; None: nothing to say."""
@@ -159,6 +172,8 @@ class Engine:
     def _collect(self, request: Request, token: int | None) -> RequestOutput:
         if token is None:
             return self._fail_not_finite(request)
+        # The token before this one was a draft's, and this step has computed it.
+        self.scheduler.advance(request, request.num_uncomputed_tokens)
         try:
             return self._append(request, token)
         except Exception:

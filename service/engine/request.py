@@ -97,6 +97,11 @@ class Request:
         return self.params.max_tokens > 0
 
     @property
+    def can_speculate(self) -> bool:
+        """Each of its tokens is sampled from the logits as they are, so that rows beyond the next one can be used."""
+        return self.wants_tokens and not self.is_scored
+
+    @property
     def num_cacheable_tokens(self) -> int:
         """Leading tokens that need not be computed when their keys and values are at hand.
 
