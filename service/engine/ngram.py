@@ -55,8 +55,26 @@ class NgramIndex:
         return []
 
 
+class _Drafted:
+    """A request's index, and its last draft.
+
+    limit:             most tokens of the next draft
+    num_tokens:        of the last draft
+    num_output_tokens: what the request had when that was made
+    """
+
+    def __init__(self, index: NgramIndex, limit: int) -> None:
+        self.index = index
+        self.limit = limit
+        self.num_tokens = 0
+        self.num_output_tokens = 0
+
+
 class Drafter:
     """Drafts for requests, each from its own prompt and output.
+
+    A draft that was right makes the next one up to twice as long, and one that was wrong cuts it to what was right of
+    it and one more: where a text does not repeat itself, a step has one row too many, not ``max_tokens``.
 
     max_tokens: of one draft
     max_ngram:  how many of the last tokens are looked up together, at most
@@ -67,19 +85,24 @@ class Drafter:
             raise ValueError(f"a draft of {max_tokens} tokens is none")
         self._max_tokens = max_tokens
         self._max_ngram = max_ngram
-        self._indexes: dict[Request, NgramIndex] = {}
+        self._drafted: dict[Request, _Drafted] = {}
 
     def draft(self, request: Request, room: int) -> list[int]:
         """Up to ``room`` tokens that may follow on those of ``request``, none that it may not have any more."""
-        num_wanted = min(self._max_tokens, room, request.params.max_tokens - request.num_output_tokens - 1)
-        if num_wanted < 1 or not request.can_speculate:
+        if not request.can_speculate:
             return []
-        index = self._indexes.get(request)
-        if index is None:
-            index = self._indexes[request] = NgramIndex([], self._max_ngram)
-        index.extend(request.tokens_between(len(index), request.num_tokens))
-        return index.propose(num_wanted)
+        last = self._drafted.get(request)
+        if last is None:
+            last = self._drafted[request] = _Drafted(NgramIndex([], self._max_ngram), self._max_tokens)
+        last.index.extend(request.tokens_between(len(last.index), request.num_tokens))
+        if last.num_tokens:
+            num_right = max(0, request.num_output_tokens - last.num_output_tokens - 1)
+            last.limit = min(self._max_tokens, 2 * last.limit if num_right == last.num_tokens else num_right + 1)
+        num_left = request.params.max_tokens - request.num_output_tokens - 1
+        draft = last.index.propose(max(0, min(last.limit, room, num_left)))
+        last.num_tokens, last.num_output_tokens = len(draft), request.num_output_tokens
+        return draft
 
     def forget(self, request: Request) -> None:
         """``request`` is done."""
-        self._indexes.pop(request, None)
+        self._drafted.pop(request, None)

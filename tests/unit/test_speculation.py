@@ -208,3 +208,19 @@ def test_the_fake_models_disagree_with_their_drafts_now_and_then():
         engine, recorder = make_engine(4, model)
         results_of(engine, [make_request("a", "hello hello hello", max_tokens=200)])
         assert any(num_accepted < num_tokens for num_tokens, num_accepted in recorder.drafts)
+
+
+def test_drafts_grow_while_they_are_right_and_shrink_to_what_was_right_of_them():
+    request, drafter = make_request("a", "ab" * 20, max_tokens=1000), Drafter(8, 3)
+
+    def next_length(num_right):
+        """Length of the draft after the last one was right so far."""
+        nonlocal draft
+        request.output_token_ids += draft[:num_right]
+        request.output_token_ids.append(draft[num_right] if num_right < len(draft) else ord("b"))
+        draft = drafter.draft(request, room=20)
+        return len(draft)
+
+    draft = drafter.draft(request, room=20)
+    assert len(draft) == 8
+    assert [next_length(number) for number in (2, 3, 4, 8, 0, 0, 1, 2, 4)] == [3, 6, 5, 8, 1, 1, 2, 4, 8]
