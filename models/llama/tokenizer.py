@@ -107,6 +107,10 @@ class Tokenizer:
         """Most characters of text that one token stands for: n tokens never cover more than n times this."""
         return max((len(token) for token in self._backend.get_vocab()), default=0)
 
+    def to_json(self) -> str:
+        """The whole tokenizer as the content of a ``tokenizer.json``."""
+        return self._backend.to_str()
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; with ``add_special_tokens``, between the markers that the model was trained with.
 
