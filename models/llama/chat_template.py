@@ -62,16 +62,15 @@ class ChatTemplate:
             ValueError: the template rejects the messages; its own words are in the message.
             CheckpointError: the template tries what the sandbox forbids.
         """
-        variables: dict[str, Any] = {
-            **(more_variables or {}),
-            "tools": None,
-            "documents": None,
-            **self._variables,
-            "messages": [dict(message) for message in messages],
-            "add_generation_prompt": add_generation_prompt,
-        }
+        variables: dict[str, Any] = {**(more_variables or {}), "tools": None, "documents": None, **self._variables}
         try:
-            return self._template.render(variables)
+            return self._template.render(
+                {
+                    **variables,
+                    "messages": [dict(message) for message in messages],
+                    "add_generation_prompt": add_generation_prompt,
+                }
+            )
         except SecurityError as error:
             raise CheckpointError(f"{self._where}: the chat template tries what is not allowed: {error}") from error
         except (

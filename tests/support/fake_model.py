@@ -112,6 +112,16 @@ class FakeModel(nn.Module):
         return tokens[len(prompt) :]
 
 
+class RandomModel(FakeModel):
+    """Any byte or control token may come next: logits are random, and depend on the tokens so far."""
+
+    spread = 2.0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        rows = [torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(int(row))) for row in hidden[:, 0]]
+        return torch.stack(rows) * self.spread
+
+
 class BrokenModel(FakeModel):
     """Its logits are NaN once the last token is ``faults.nan_on``."""
 
