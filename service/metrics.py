@@ -128,6 +128,9 @@ class Metrics(EngineObserver):
 
     def request_finished(self, request: Request) -> None:
         """See ``EngineObserver``."""
+        if request.params.max_tokens == 0:  # only computed and scored: a window of some other request, or all prompt
+            self._prompt_tokens.inc(request.num_computed_tokens)
+            return
         self._success.labels(**self._labels, finished_reason=str(request.finish_reason)).inc()
         finished, first = request.finished_seconds or 0.0, request.first_token_seconds
         self._e2e.observe(finished - request.arrival_seconds)

@@ -75,8 +75,8 @@ class Call:
         return sorted(self.choices.values(), key=lambda choice: choice.index)
 
 
-def admit(context: Context, num_sequences: int) -> Generation:
-    """Seats for one call, before any work is done for it.
+def admit(context: Context, num_sequences: int, *, keeps_seats: bool = False) -> Generation:
+    """Seats for one call, before any work is done for it; see ``AsyncEngine.admit``.
 
     Raises:
         ApiError: 400, 429 or 503.
@@ -84,18 +84,13 @@ def admit(context: Context, num_sequences: int) -> Generation:
     if num_sequences > context.engine.capacity:
         raise bad_request(f"{num_sequences} sequences in one request; this server takes {context.engine.capacity}.")
     try:
-        return context.engine.admit(num_sequences)
+        return context.engine.admit(num_sequences, keeps_seats=keeps_seats)
     except QueueFullError:
         context.metrics.rejected("queue_full")
         raise ApiError(429, "The queue is full. Try again later.", headers=RETRY_SECONDS) from None
     except DrainingError:
-        raise draining(context) from None
-
-
-def draining(context: Context) -> ApiError:
-    """503: the server is shutting down."""
-    context.metrics.rejected("draining")
-    return ApiError(503, "The server is shutting down.", headers=RETRY_SECONDS)
+        context.metrics.rejected("draining")
+        raise ApiError(503, "The server is shutting down.", headers=RETRY_SECONDS) from None
 
 
 async def tokenize(

@@ -1,8 +1,7 @@
 """The engine's thread, and the asyncio side that talks to it.
 
-One thread owns the engine: requests, aborts and jobs reach it through an inbox, outputs go back to the event loop in
-one hop per step. A job (one window of a perplexity request) runs between two steps, at most one per step, so generation
-and evaluation share the model without either starving.
+One thread owns the engine: requests and aborts reach it through an inbox, outputs go back to the event loop in one hop
+per step.
 Admission is counted on the event loop, before any work is done for a call, and given back exactly once.
 """
 
@@ -10,17 +9,12 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from .engine import Engine, RequestOutput
 from .request import FinishReason, Request
 
 logger = logging.getLogger("qerve.engine")
-T = TypeVar("T")
 
 
 class QueueFullError(Exception):
@@ -31,33 +25,19 @@ class DrainingError(Exception):
     """The server is shutting down and takes no new work."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    function: Callable[[], Any]
-    future: Future[Any]
-
-    def run(self) -> None:
-        if self.future.set_running_or_notify_cancel():
-            try:
-                self.future.set_result(self.function())
-            except Exception as error:  # it belongs to the caller, on the event loop
-                self.future.set_exception(error)
-
-    def drop(self) -> None:
-        if self.future.set_running_or_notify_cancel():
-            self.future.set_exception(DrainingError())
-
-
 class Generation:
     """One call's share of the engine: its seats, and the outputs of its requests as they come.
 
     Whoever gets one from ``AsyncEngine.admit`` closes it; closing aborts what is unfinished.
+
+    keeps_seats: a request's end does not free its seat: the next one of the same call takes it
     """
 
-    def __init__(self, engine: "AsyncEngine", num_sequences: int) -> None:
+    def __init__(self, engine: "AsyncEngine", num_sequences: int, keeps_seats: bool) -> None:
         self.arrival_seconds = engine.clock()
         self._engine = engine
         self._num_seats = num_sequences
+        self._keeps_seats = keeps_seats
         self._outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
         self._unfinished: set[str] = set()
 
@@ -67,8 +47,8 @@ class Generation:
         return not self._unfinished
 
     def start(self, requests: Sequence[Request]) -> None:
-        """Hand ``requests`` to the engine, one per admitted sequence."""
-        self._unfinished = {request.request_id for request in requests}
+        """Hand ``requests`` to the engine, at most one per seat that is free."""
+        self._unfinished |= {request.request_id for request in requests}
         self._engine.add(self, requests)
 
     async def outputs(self) -> AsyncIterator[RequestOutput]:
@@ -81,7 +61,8 @@ class Generation:
         self._outputs.put_nowait(output)
         if output.finish_reason is not None:
             self._unfinished.discard(output.request_id)
-            self._release(1)
+            if not self._keeps_seats:
+                self._release(1)
 
     def close(self) -> None:
         """Abort what is unfinished and give the seats back; once is enough, twice does no harm."""
@@ -109,7 +90,6 @@ class AsyncEngine:
         self._generations: dict[str, Generation] = {}
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
-        self._jobs: deque[_Job] = deque()
         self._is_stopping = False
         self._has_ended = True
         self._thread: threading.Thread | None = None
@@ -149,8 +129,12 @@ class AsyncEngine:
         """Admit nothing more; what was admitted goes on."""
         self.is_draining = True
 
-    def admit(self, num_sequences: int) -> Generation:
+    def admit(self, num_sequences: int, *, keeps_seats: bool = False) -> Generation:
         """Seats for one call, taken at once.
+
+        Args:
+            num_sequences: how many of its requests the engine has at the same time.
+            keeps_seats: the seats are for more requests than that, one after another, until the call is closed.
 
         Raises:
             DrainingError: the server is shutting down.
@@ -161,22 +145,7 @@ class AsyncEngine:
         if self._num_admitted + num_sequences > self.capacity:
             raise QueueFullError
         self._num_admitted += num_sequences
-        return Generation(self, num_sequences)
-
-    async def call(self, function: Callable[[], T]) -> T:
-        """Run ``function`` in the engine's thread between two steps; cancelling before it starts drops it.
-
-        Raises:
-            DrainingError: the engine stopped first.
-        """
-        job = _Job(function, Future())
-        with self._wake:
-            if self._has_ended:
-                raise DrainingError
-            self._jobs.append(job)
-            self._wake.notify()
-        result: T = await asyncio.wrap_future(job.future)
-        return result
+        return Generation(self, num_sequences, keeps_seats)
 
     def add(self, generation: Generation, requests: Sequence[Request]) -> None:
         """Queue ``requests``; their outputs go to ``generation``."""
@@ -209,12 +178,9 @@ class AsyncEngine:
             with self._wake:
                 self._wake.wait_for(self._has_work)
                 inbox, self._inbox = self._inbox, []
-                job = self._jobs.popleft() if self._jobs else None
             try:
                 for command in inbox:
                     command()
-                if job is not None:
-                    job.run()
                 self._publish(self._engine.step())
             except Exception:
                 logger.exception("the engine loop failed outside a step")
@@ -226,12 +192,9 @@ class AsyncEngine:
         with self._wake:
             self._has_ended = True
             inbox, self._inbox = self._inbox, []
-            jobs, self._jobs = self._jobs, deque()
         for command in inbox:
             command()
         self._publish(self._engine.fail_all("the server is shutting down"))
-        for job in jobs:
-            job.drop()
 
     def _add(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -242,7 +205,7 @@ class AsyncEngine:
                 self._publish([_failed(request, "the engine cannot run this request")])
 
     def _has_work(self) -> bool:
-        return bool(self._inbox or self._jobs or self._engine.has_work or self._is_stopping)
+        return bool(self._inbox or self._engine.has_work or self._is_stopping)
 
     def _publish(self, outputs: Sequence[RequestOutput]) -> None:
         if outputs and self._event_loop is not None:
