@@ -42,6 +42,8 @@ class Settings(BaseSettings):
                       a long prompt delays the others by one such step at a time; None: 512, on a GPU 2048
     kv_cache_memory:  bytes, or a text such as "2GiB"; None: from the memory that is available
     max_queue:        sequences that may wait beyond those that run
+    shed_rank_queue:  waiting requests from which on new ones get less of the corrections; None: they always get all
+    shed_rank_floor:  the rank that they then get
     max_perplexity_windows: windows of one perplexity request
     max_body_bytes:   size of a request body
     api_key:          when set, everything but /health/* asks for it
@@ -65,6 +67,8 @@ class Settings(BaseSettings):
     max_num_batched_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
     kv_cache_memory: ByteSize | None = None
     max_queue: int = Field(default=64, ge=0, le=100_000)
+    shed_rank_queue: int | None = Field(default=None, ge=1, le=100_000)
+    shed_rank_floor: int = Field(default=0, ge=0, le=1 << 20)
     max_perplexity_windows: int = Field(default=4096, ge=1, le=1 << 20)
     max_body_bytes: ByteSize = 2 << 20
     api_key: SecretStr | None = None

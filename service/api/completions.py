@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from ..deps import Context, ContextDep, json_body
 from ..errors import ApiError
 from .generation import Call, Choice, admit, max_tokens_for, start, stream, tokenize, unless_disconnected
+from .rank import check_rank, rank_in_engine, rank_of, with_rank
 from .schemas import CompletionBody
 from .sse import DONE, encode_event
 
@@ -28,19 +29,22 @@ async def completions(
     """Continue each prompt, ``n`` times."""
     body.check()
     context.check_model(body.model)
+    check_rank(context, body.rank)
     with ExitStack() as stack:
         generation = admit(context, len(body.prompt) * (body.n or 1))
         stack.callback(generation.close)
         rows = await tokenize(context, body.prompt, "prompt")
         limits = [max_tokens_for(context, len(row), body.max_tokens, DEFAULT_MAX_TOKENS) for row in rows]
         context.metrics.request_accepted(body.n or 1)
-        call = Call(f"cmpl-{uuid.uuid4().hex}", int(time.time()), sum(map(len, rows)), generation)
+        rank = rank_of(context, body.rank, len(rows) * (body.n or 1))
+        call_id = f"cmpl-{uuid.uuid4().hex}"
+        call = Call(call_id, int(time.time()), sum(map(len, rows)), generation, rank_in_engine(context, rank))
         start(call, body, rows, limits)
         if body.stream:
-            return stream(context, _events(context, body, call), stack.pop_all().close)
+            return with_rank(stream(context, _events(context, body, call), stack.pop_all().close), rank)
         choices = await unless_disconnected(request, context, call.finish())
         answer = _object(context, call, [_choice(choice, choice.text) for choice in choices])
-        return JSONResponse({**answer, "usage": call.usage})
+        return with_rank(JSONResponse({**answer, "usage": call.usage}), rank)
 
 
 async def _events(context: Context, body: CompletionBody, call: Call) -> AsyncIterator[str]:

@@ -34,6 +34,7 @@ class Choice:
 class Call:
     """One generation call in progress.
 
+    rank:    of the corrections, for all of its sequences; None: all of it
     choices: by the engine's request id
     """
 
@@ -41,6 +42,7 @@ class Call:
     created: int
     num_prompt_tokens: int
     generation: Generation
+    rank: int | None = None
     choices: dict[str, Choice] = field(default_factory=dict)
 
     @property
@@ -168,7 +170,7 @@ def start(call: Call, body: GenerationBody, rows: Sequence[list[int]], max_token
             request_id = uuid.uuid4().hex
             call.choices[request_id] = Choice(len(call.choices))
             params = sampling_params(body, limit, choice)
-            requests.append(Request(request_id, row, params, call.generation.arrival_seconds))
+            requests.append(Request(request_id, row, params, call.generation.arrival_seconds, rank=call.rank))
     call.generation.start(requests)
 
 

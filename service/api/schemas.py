@@ -114,6 +114,8 @@ PromptsField = Annotated[
 TokenIdsField = Annotated[list[int], PlainValidator(_parse_token_ids, json_schema_input_type=list[int])]
 StopField = Annotated[tuple[str, ...], PlainValidator(_parse_stop, json_schema_input_type=str | list[str] | None)]
 ContentField = Annotated[str, PlainValidator(_parse_content, json_schema_input_type=str | list[dict[str, str]])]
+RankField = Annotated[int | None, Field(ge=0, le=MAX_INT32)]
+"""Components of the low-rank corrections to use; none: all of them, or what the server's policy gives."""
 ModelName = Annotated[str, Field(max_length=256)]
 
 
@@ -152,6 +154,7 @@ class GenerationBody(Body):
     top_k: int | None = Field(default=None, ge=-1, le=MAX_INT32)
     min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    rank: RankField = None
     stop: StopField = ()
     ignore_eos: bool | None = None
 
@@ -241,6 +244,7 @@ class PerplexityBody(Body):
     window: int | None = Field(default=None, ge=2, le=MAX_INT32)
     stride: int | None = Field(default=None, ge=1, le=MAX_INT32)
     max_windows: int | None = Field(default=None, ge=1, le=MAX_INT32)
+    rank: RankField = None
     return_token_nlls: bool = False
 
     def check(self) -> None:

@@ -56,6 +56,7 @@ class Request:
     """One sequence from admission to its last token.
 
     score_from:          first prompt token that is scored, if the prompt is; the very first has nothing to follow from
+    rank:                leading components of every correction that it gets; None: all
     block_table:         cache blocks it holds, in the order of its tokens
     num_computed_tokens: leading tokens whose keys and values are in the cache
     *_seconds:           times on the engine's clock
@@ -66,6 +67,7 @@ class Request:
     params: SamplingParams
     arrival_seconds: float = 0.0
     score_from: int = 1
+    rank: int | None = None
     output_token_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
