@@ -16,7 +16,7 @@ std::vector<Shape> corrected_shapes() {
     for (const int rank : {1, 32, 40, 96}) {
         for (const bool has_down : {true, false}) {
             for (const bool is_wide : {true, false}) {
-                all.push_back({50, 192, rank == 40 ? 8 : 4, rank == 32 ? 96 : 64, rank, rank == 96, has_down, is_wide, true, is_wide});
+                all.push_back({50, 192, rank == 40 ? 8 : 4, rank == 32 ? 96 : 64, rank, rank == 96, has_down, is_wide, is_wide, is_wide});
             }
         }
     }

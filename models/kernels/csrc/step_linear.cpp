@@ -21,7 +21,9 @@ RankRange::RankRange(const qerve_step& step) {
 
 int rank_blocks(const qerve_matrix& matrix, const RankRange& ranks) {
     const int rank = std::min(matrix.rank, ranks.most);
-    if (matrix.down == nullptr && ranks.least >= rank) return 0;
+    // Blocks that count as a whole in all rows, or up to zero weights, can be read where they are.
+    const bool has_whole_blocks = rank == matrix.rank || rank % kRankBlock == 0;
+    if (matrix.down == nullptr && ranks.least >= rank && has_whole_blocks) return 0;
     return (rank + kRankBlock - 1) / kRankBlock;
 }
 

@@ -21,7 +21,7 @@ struct RankRange {
 };
 
 // Blocks of 32 components that are made before a low-rank term's product with lora_up: by a product of their own, or
-// (without lora_down) as copies of the input's first channels where some row has fewer of them than others.
+// (without lora_down) as copies of the input's first channels where some of a block's do not count in some row.
 // 0 where there is nothing to make.
 int rank_blocks(const qerve_matrix& matrix, const RankRange& ranks);
 
