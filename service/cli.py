@@ -49,6 +49,13 @@ def serve(  # noqa: PLR0917 typer makes an option of each
     kv_cache_memory: Annotated[
         str | None, typer.Option(help="Key-value cache, e.g. 2GiB. [default: from free memory]")
     ] = None,
+    prefix_caching: Annotated[
+        bool | None,
+        typer.Option(
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            help="Reuse keys and values of prompts that begin alike. [default: on]",
+        ),
+    ] = None,
     max_queue: Annotated[int | None, typer.Option(help="Sequences that may wait. [default: 64]")] = None,
     shed_rank_queue: Annotated[
         int | None, typer.Option(help="From so many waiting requests on, new ones get less rank. [default: never]")

@@ -28,6 +28,12 @@ class EngineTokenizer(Decoder, Protocol):
 class EngineObserver:
     """Is told what the engine does, in the engine's thread; this one does nothing with it."""
 
+    def request_started(self, request: Request) -> None:
+        """``request`` is in its first step; ``num_cached_tokens`` of its prompt were found in the cache."""
+
+    def request_preempted(self, request: Request) -> None:
+        """``request`` gave its cache blocks to earlier ones and waits to be computed again."""
+
     def step_ran(self, num_tokens: int) -> None:
         """A forward pass over ``num_tokens`` tokens is done."""
 
@@ -45,6 +51,7 @@ class RequestOutput(NamedTuple):
     """What one step gave one request: ``text`` to append; with ``finish_reason`` it is the last one.
 
     prompt_logprobs: of the next scored prompt tokens, in their order
+    num_cached_tokens: prompt tokens that were taken from the prefix cache
     """
 
     request_id: str
@@ -53,6 +60,7 @@ class RequestOutput(NamedTuple):
     finish_reason: FinishReason | None = None
     error: str | None = None
     prompt_logprobs: Sequence[TokenLogprobs] = ()
+    num_cached_tokens: int = 0
 
 
 class Engine:
@@ -106,6 +114,8 @@ class Engine:
         An exception fails the requests of this step and nothing else.
         """
         scheduled = self.scheduler.schedule()
+        for request in self.scheduler.preempted:
+            self._observer.request_preempted(request)
         if not scheduled:
             return []
         try:
@@ -127,9 +137,10 @@ class Engine:
         requests = [item.request for item in scheduled if item.gets_token]
         tokens = [] if logits is None else sample(logits, requests)
         for request, num_tokens, _ in scheduled:
-            request.num_computed_tokens += num_tokens
+            self.scheduler.advance(request, num_tokens)
             if request.scheduled_seconds is None:
                 request.scheduled_seconds = started
+                self._observer.request_started(request)
         self._observer.step_ran(sum(item.num_tokens for item in scheduled))
         return list(zip(requests, tokens, strict=True)), scores
 
@@ -137,7 +148,8 @@ class Engine:
         """What a step says of a request's prompt; its end, if nothing is to be generated; None: nothing to say."""
         if not all(math.isfinite(score.logprob) for score in scores):
             return self._fail_not_finite(request)
-        is_done = request.params.max_tokens == 0 and request.is_prompt_computed
+        request.score_from += len(scores)
+        is_done = not request.wants_tokens and request.is_prompt_computed
         if is_done:
             self._finish(request, FinishReason.LENGTH)
         elif not scores:
@@ -169,7 +181,13 @@ class Engine:
             # The text that was still held may have completed a stop string.
             reason = FinishReason.STOP if stream.is_stopped else reason
             self._finish(request, reason)
-        return RequestOutput(request.request_id, text, request.num_output_tokens, reason)
+        return RequestOutput(
+            request.request_id,
+            text,
+            request.num_output_tokens,
+            reason,
+            num_cached_tokens=request.num_cached_tokens,
+        )
 
     def _finish_reason(self, request: Request, is_stopped: bool) -> FinishReason | None:
         if is_stopped:

@@ -56,7 +56,7 @@ class Runner:
         self._model = model
         self._kv_cache = kv_cache
         self._block_size = block_size
-        self._slots: dict[Request, Tensor] = {}
+        self._slots: dict[Request, _Slots] = {}
 
     def run(self, scheduled: Sequence[ScheduledRequest]) -> StepResult:
         """One step of all of ``scheduled``."""
@@ -90,7 +90,7 @@ class Runner:
         for request, num_new, gets_token in scheduled:
             computed = request.num_computed_tokens
             context_len = computed + num_new
-            slots = self._slots[request][:context_len] if self._slots else None
+            slots = self._slots[request].slots[:context_len] if self._slots else None
             start, table = len(tokens.token_ids), request.block_table
             tokens.spans.append(SequenceSpan(start, num_new, context_len, slots, table, request.rank))
             tokens.token_ids.extend(request.tokens_between(computed, context_len))
@@ -98,14 +98,18 @@ class Runner:
                 tokens.logit_rows.append(len(tokens.token_ids) - 1)
         return tokens
 
-    def _slots_of(self, request: Request) -> Tensor:
-        """Cache slots of all the blocks of ``request``: worked out in its first step, kept from each step to the next.
+    def _slots_of(self, request: Request) -> "_Slots":
+        """Cache slots of all the blocks of ``request``, kept from each step to the next until its blocks change."""
+        kept = self._slots.get(request)
+        if kept is not None and kept.block_table == request.block_table:
+            return kept
+        blocks = torch.tensor(request.block_table, dtype=torch.int64)
+        slots = (blocks[:, None] * self._block_size + torch.arange(self._block_size)).flatten()
+        return _Slots(request.block_table.copy(), slots.to(self._model.device))
 
-        A request in two steps in a row has the same blocks in both.
-        """
-        slots = self._slots.get(request)
-        if slots is None:
-            blocks = torch.tensor(request.block_table, dtype=torch.int64)
-            slots = (blocks[:, None] * self._block_size + torch.arange(self._block_size)).flatten()
-            slots = slots.to(self._model.device)
-        return slots
+
+class _Slots(NamedTuple):
+    """slots: (num_blocks * block_size,) int64, those of ``block_table`` in its order."""
+
+    block_table: list[int]
+    slots: Tensor

@@ -70,6 +70,15 @@ def test_a_prompt_shares_its_step_and_its_past_with_other_ranks(server: LiveServ
         assert answer.json()["choices"][0]["text"] == expected_text(rank)
 
 
+def test_prefixes_are_shared_by_requests_of_one_rank_only(server: LiveServer) -> None:
+    def num_cached(rank: int | None) -> int:
+        usage = server.post("/v1/completions", json={"prompt": "p" * 40, "max_tokens": 1, "rank": rank}).json()["usage"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    assert [num_cached(rank) for rank in (11, 12, None)] == [0, 0, 0]
+    assert [num_cached(rank) for rank in (11, 12, None, RANK)] == [32, 32, 32, 32]
+
+
 def test_a_perplexity_is_that_of_the_rank(server: LiveServer) -> None:
     tokens = ByteTokenizer().encode(PROMPT)
     perplexities = {}

@@ -41,42 +41,30 @@ struct BlockRun {
     int zero;
     float multiplier;
     Codes input;
-    const uint8_t* end;   // of its bytes
-    int64_t skipped;      // bytes behind `end` that nobody reads: the next weights lie behind them
 };
-
-static inline int rank_blocks_of(int rank) { return (rank + kRankBlock - 1) / kRankBlock; }
-static inline int64_t rank_bytes(int num_blocks) { return num_blocks * (64 + code_bytes(8, kRankBlock)); }
 
 static inline BlockRun main_run(const LinearTask& task, int strip) {
     const qerve_matrix& m = *task.matrix;
-    const int64_t of_rank = rank_bytes(rank_blocks_of(m.rank));
     return {m.strips + strip * m.strip_bytes, m.in_features / m.block, m.block, m.blocks_per_group,
-            m.has_zero_points != 0, m.zero, m.multiplier, task.input, m.strips + (strip + 1) * m.strip_bytes - of_rank,
-            task.rank > 0 ? 0 : of_rank};
+            m.has_zero_points != 0, m.zero, m.multiplier, task.input};
 }
+
+static inline int rank_blocks_of(int rank) { return (rank + kRankBlock - 1) / kRankBlock; }
 
 // The low-rank blocks of a strip up to the task's rank; num_blocks is 0 where there are none. Those behind would add
 // zero times a finite scale, which leaves every sum as it is: none is ever -0, since it starts at +0 and no term that
 // is not zero is rounded to zero.
 static inline BlockRun rank_run(const LinearTask& task, int strip) {
     const qerve_matrix& m = *task.matrix;
-    const int num_blocks = rank_blocks_of(task.rank);
-    const uint8_t* end = m.strips + (strip + 1) * m.strip_bytes;
-    const uint8_t* data = end - rank_bytes(rank_blocks_of(m.rank));
-    const uint8_t* end_of_used = data + rank_bytes(num_blocks);
-    return {data, num_blocks, kRankBlock, 1, false, 128, m.up_multiplier, task.reduced, end_of_used, end - end_of_used};
-}
-
-static inline int64_t bytes_ahead(const BlockRun& run, const uint8_t* data) {
-    return data + kBytesAhead < run.end ? kBytesAhead : kBytesAhead + run.skipped;
+    const int64_t bytes = rank_blocks_of(m.rank) * (64 + code_bytes(8, kRankBlock));
+    return {m.strips + (strip + 1) * m.strip_bytes - bytes, rank_blocks_of(task.rank), kRankBlock, 1, false, 128,
+            m.up_multiplier, task.reduced};
 }
 
 // acc[t][h] += sums of kRows rows of x with one block of codes, h the half of the strip.
 // One sum takes the latency of an instruction per line: few rows have several sums each, which add up to the same.
 template <class S, int kBits, int kRows>
-QERVE_INLINE void add_products(const uint8_t* codes, int block, int64_t ahead, const int8_t* x, int64_t stride,
-                               typename S::I (&acc)[kRows][2]) {
+QERVE_INLINE void add_products(const uint8_t* codes, int block, const int8_t* x, int64_t stride, typename S::I (&acc)[kRows][2]) {
     constexpr int kFields = 8 / kBits;
     constexpr int kSums = S::kAccumulators >= 24 && kRows <= 2 ? 4 / kRows : 1;
     typename S::I more[kSums][kRows][2];
@@ -96,8 +84,8 @@ QERVE_INLINE void add_products(const uint8_t* codes, int block, int64_t ahead, c
     // two lines of each half at a time, all fields of each
     const auto multiply_line = [&](auto line, int channel) {
         constexpr int kLine = decltype(line)::value;
-        __builtin_prefetch(codes + kLine * 128 + ahead);
-        __builtin_prefetch(codes + kLine * 128 + 64 + ahead);
+        __builtin_prefetch(codes + kLine * 128 + kBytesAhead);
+        __builtin_prefetch(codes + kLine * 128 + 64 + kBytesAhead);
         const typename S::B first = S::load_bytes(codes + kLine * 128);
         const typename S::B second = S::load_bytes(codes + kLine * 128 + 64);
         const auto field = [&](auto number) {
@@ -183,14 +171,13 @@ QERVE_INLINE void add_block(const BlockRun& run, const uint8_t* codes, const Hea
         // the zero point costs nothing where it is the same for all
         acc[t][0] = acc[t][1] = kIsWide || kHasZeros ? S::zero_i() : S::set1_i(-run.zero * sums[t]);
     }
-    const int64_t ahead = bytes_ahead(run, codes);
-    add_products<S, kBits, kRows>(codes, run.block, ahead, x.hi + from, x.stride, acc);
+    add_products<S, kBits, kRows>(codes, run.block, x.hi + from, x.stride, acc);
     if constexpr (kIsWide) {
         QERVE_UNROLL_ROWS
         for (int t = 0; t < kRows; ++t) {
             for (int h = 0; h < 2; ++h) acc[t][h] = S::template shift_left<8>(acc[t][h]);
         }
-        add_products<S, kBits, kRows>(codes, run.block, ahead, x.lo + from, x.stride, acc);
+        add_products<S, kBits, kRows>(codes, run.block, x.lo + from, x.stride, acc);
     }
     const float* input_scales = x.scale + x.at(row, at.index);
     QERVE_UNROLL_ROWS
@@ -212,7 +199,7 @@ inline void add_blocks(const BlockRun& run, int64_t row, typename S::F (&total)[
     for (int b = 0, left = 0; b < run.num_blocks; ++b, --left) {
         if (left == 0) {
             header.read(run, data);
-            __builtin_prefetch(data + bytes_ahead(run, data));
+            __builtin_prefetch(data + kBytesAhead);
             data += header_bytes(kHasZeros);
             left = run.blocks_per_group;
         }
