@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from .scheme import ActivationScheme, QuantScheme
@@ -78,6 +79,23 @@ class Correction:
         """Stored bits of both factors."""
         factors = (self.lora_up,) if self.lora_down is None else (self.lora_up, self.lora_down)
         return sum(_stored_bits(factor) for factor in factors)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowRanks:
+    """How many leading components of every correction count in each row of a batch; without one, all in every row.
+
+    per_row: (num_rows,) int64, 0 or more; where it is more than a correction's rank, all of that
+    largest: the most of any row, known without asking the device
+    """
+
+    per_row: Tensor
+    largest: int
+
+    def keep(self, reduced: Tensor) -> Tensor:
+        """``reduced`` (num_rows, rank) with zeros where a component does not count."""
+        components = torch.arange(reduced.shape[1], device=reduced.device)
+        return reduced.masked_fill(components >= self.per_row[:, None], 0)
 
 
 def _stored_bits(factor: Factor) -> float:

@@ -1,5 +1,6 @@
 """Puts one application together: a loaded model, its engine, its metrics and the routes. Nothing at import time."""
 
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,6 +13,8 @@ from pydantic.json_schema import models_json_schema
 
 from models.artifact.format import qerve_version
 from models.artifact.load import LoadedModel
+from models.errors import QerveError
+from models.reconstruct import corrects_finished_codes
 
 from .api import chat, completions, perplexity, system
 from .api.schemas import ChatBody, CompletionBody, PerplexityBody
@@ -21,6 +24,7 @@ from .engine.block_manager import BlockManager
 from .engine.capacity import CacheLimits, CachePlan, plan_cache, step_tokens
 from .engine.engine import Engine
 from .engine.ngram import Drafter
+from .engine.rank_policy import RankPolicy
 from .engine.runner import Runner
 from .engine.scheduler import Scheduler
 from .errors import install_handlers
@@ -31,6 +35,8 @@ from .middleware import ApiKeyMiddleware, ErrorBoundaryMiddleware, HttpMetricsMi
 from .model_info import ModelInfo
 from .settings import Settings
 from .token_speller import TokenSpeller
+
+logger = logging.getLogger("qerve.server")
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionBody,
@@ -68,7 +74,9 @@ def create_app(loaded: LoadedModel, settings: Settings) -> FastAPI:
     tokenizer = loaded.tokenizer
     grammars = GrammarCompiler(tokenizer.to_json, tokenizer.eos_token_ids, model.config.vocab_size)
     speller = TokenSpeller(tokenizer)
-    app.state.context = Context(settings, loaded, info, engine, metrics, max_prompt_chars, grammars, speller)
+    ranks = _rank_policy(info, settings)
+    metrics.add_value("elastic_rank", "Rank that new requests get", lambda: ranks.rank_at(engine.num_waiting))
+    app.state.context = Context(settings, loaded, info, engine, metrics, max_prompt_chars, grammars, speller, ranks)
     for module in (completions, chat, perplexity, system):
         app.include_router(module.router)
     install_handlers(app)
@@ -109,6 +117,23 @@ def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: M
         lambda: [({"kind": kind}, block_bytes * number()) for kind, number in numbers_of_blocks.items()],
     )
     return AsyncEngine(engine, settings.max_num_seqs + settings.max_queue)
+
+
+def _rank_policy(info: ModelInfo, settings: Settings) -> RankPolicy:
+    floor, shed_at = settings.shed_rank_floor, settings.shed_rank_queue
+    method = info.manifest.build.reconstruct.method
+    if floor > info.rank:
+        raise QerveError(
+            f"shed_rank_floor {floor} is more than the artifact's rank of {info.rank}: choose at most that"
+        )
+    if shed_at is not None and not corrects_finished_codes(method):
+        logger.warning(
+            "shed_rank_queue: %s takes its correction out of the weights before it quantizes them; measure what is "
+            "left with rank %d (POST /v1/perplexity) before you let the server shed the rest",
+            method,
+            floor,
+        )
+    return RankPolicy(info.rank, floor, shed_at)
 
 
 def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:

@@ -64,6 +64,10 @@ def serve(  # noqa: PLR0917 typer makes an option of each
         int | None, typer.Option(help="Last tokens that are looked up together for a guess, at most. [default: 3]")
     ] = None,
     max_queue: Annotated[int | None, typer.Option(help="Sequences that may wait. [default: 64]")] = None,
+    shed_rank_queue: Annotated[
+        int | None, typer.Option(help="From so many waiting requests on, new ones get less rank. [default: never]")
+    ] = None,
+    shed_rank_floor: Annotated[int | None, typer.Option(help="The rank that they then get. [default: 0]")] = None,
     api_key: Annotated[
         str | None, typer.Option(help="Key that clients must send; better given as QERVE_API_KEY.")
     ] = None,

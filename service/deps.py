@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 from models.artifact.load import LoadedModel
 
 from .engine.async_engine import AsyncEngine
+from .engine.rank_policy import RankPolicy
 from .errors import ApiError, bad_request, quote
 from .grammar import GrammarCompiler
 from .metrics import Metrics
@@ -34,6 +35,7 @@ class Context:
     """The parts of one application.
 
     max_prompt_chars: a longer prompt cannot fit the context, whatever its tokens are
+    ranks: how much of the corrections requests get that leave it open
     """
 
     settings: Settings
@@ -44,6 +46,7 @@ class Context:
     max_prompt_chars: int
     grammars: GrammarCompiler
     speller: TokenSpeller
+    ranks: RankPolicy
 
     def check_model(self, name: str | None) -> None:
         """Raise 404 when a client asks for a model by a name that is not served here; no name means this one."""

@@ -102,6 +102,10 @@ class Metrics(EngineObserver):
         """A call for ``num_choices`` outputs per prompt was admitted."""
         self._params_n.observe(num_choices)
 
+    def rank_shed(self, num_sequences: int) -> None:
+        """So many new sequences get less of the corrections because many others wait."""
+        self._rank_shed.inc(num_sequences)
+
     def perplexity_scored(self, num_tokens: int) -> None:
         """A perplexity request is answered."""
         self._perplexity_requests.inc()
@@ -181,6 +185,7 @@ class Metrics(EngineObserver):
         self._success = self._counter("request_success", "Requests that ended, by reason", "finished_reason")
         self._rejected = self._counter("requests_rejected", "Requests turned away, by reason", "reason")
         self._disconnects = self._counter("client_disconnects", "Clients that left before their answer was complete")
+        self._rank_shed = self._counter("rank_shed_requests", "Sequences that got less rank because many waited")
         self._perplexity_requests = self._counter("perplexity_requests", "Perplexity requests answered")
         self._perplexity_tokens = self._counter("perplexity_tokens", "Tokens scored by perplexity requests")
         self._nonfinite = self._counter("nonfinite_logits", "Rows of logits that held NaN or infinity")

@@ -44,6 +44,12 @@ class ModelInfo:
         return max((record.rank for record in self.manifest.linears.values()), default=0)
 
     @property
+    def ranks(self) -> list[dict[str, int]]:
+        """The distinct ranks of corrections and the number of layers that have them, the most used first."""
+        counts = Counter(record.rank for record in self.manifest.linears.values())
+        return [{"rank": rank, "num_layers": num_layers} for rank, num_layers in counts.most_common()]
+
+    @property
     def schemes(self) -> list[dict[str, Any]]:
         """The distinct weight formats, the most used first."""
         counts = Counter(record.scheme for record in self.manifest.linears.values())
@@ -78,6 +84,7 @@ class ModelInfo:
                 "objective": build.objective,
                 "budget": None if build.budget is None else describe_budget(build.budget),
                 "rank": self.rank,
+                "ranks": self.ranks,
                 "schemes": self.schemes,
                 "effective_bits": manifest.effective_bits,
                 **{name: asdict(part) for name, part in describe_vocabulary(manifest).items()},

@@ -45,6 +45,8 @@ class Settings(BaseSettings):
     ngram_max:        the last tokens that are looked up together to guess what follows, at most
     kv_cache_memory:  bytes, or a text such as "2GiB"; None: from the memory that is available
     max_queue:        sequences that may wait beyond those that run
+    shed_rank_queue:  waiting requests from which on new ones get less of the corrections; None: they always get all
+    shed_rank_floor:  the rank that they then get
     max_perplexity_windows: windows of one perplexity request
     max_logprobs:     most likely tokens that a completion may ask for with each token; chats may ask for 20 at most
     max_body_bytes:   size of a request body
@@ -72,6 +74,8 @@ class Settings(BaseSettings):
     ngram_max: int = Field(default=3, ge=1, le=8)
     kv_cache_memory: ByteSize | None = None
     max_queue: int = Field(default=64, ge=0, le=100_000)
+    shed_rank_queue: int | None = Field(default=None, ge=1, le=100_000)
+    shed_rank_floor: int = Field(default=0, ge=0, le=1 << 20)
     max_perplexity_windows: int = Field(default=4096, ge=1, le=1 << 20)
     max_logprobs: int = Field(default=20, ge=0, le=1024)
     max_body_bytes: ByteSize = 2 << 20

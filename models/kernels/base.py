@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import KernelError
 from ..scheme import ActivationScheme, QuantScheme
-from ..types import LinearWeights
+from ..types import LinearWeights, RowRanks
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,13 @@ class PreparedLinear(Protocol):
         """Bytes that the layer keeps resident."""
         ...
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``x`` (num_tokens, in_features) -> (num_tokens, out_features), same dtype."""
+    def __call__(self, x: Tensor, row_ranks: RowRanks | None = None) -> Tensor:
+        """``x`` (num_tokens, in_features) -> (num_tokens, out_features), same dtype.
+
+        Args:
+            x: the layer's input.
+            row_ranks: how much of the correction each row gets; None: all of it.
+        """
         ...
 
 

@@ -11,7 +11,7 @@ from ..quant.activation import quantize_activations
 from ..quant.grid import dense_factors
 from ..scheme import ActivationScheme
 from ..transform.inputs import InputTransform
-from ..types import LinearWeights
+from ..types import LinearWeights, RowRanks
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +67,20 @@ class DenseTerms:
         x = self.inputs.apply(x)
         return x if self.activations is None else quantize_activations(x, self.activations)
 
-    def add_to(self, product: Tensor, x: Tensor) -> Tensor:
+    def add_to(self, product: Tensor, x: Tensor, row_ranks: RowRanks | None = None) -> Tensor:
         """Bias and low-rank term added to ``product`` (num_tokens, out_features), in place.
 
         Args:
-            product: ``x`` times the dequantized weight
-            x: (num_tokens, in_features), prepared
+            product: ``x`` times the dequantized weight.
+            x: (num_tokens, in_features), prepared.
+            row_ranks: how much of the low-rank term each row gets; None: all of it.
         """
         if self.bias is not None:
             product += self.bias
-        if self.lora_up is None:
+        if self.lora_up is None or (row_ranks is not None and row_ranks.largest == 0):
             return product
         x = x.to(self.lora_up.dtype)
         reduced = x[:, : self.lora_up.shape[1]] if self.lora_down is None else F.linear(x, self.lora_down)
+        if row_ranks is not None:
+            reduced = row_ranks.keep(reduced)
         return product.add_(F.linear(reduced, self.lora_up))

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..quant.grid import dequantize
 from ..quant.packing import pack, unpack
 from ..scheme import QuantScheme
-from ..types import LinearWeights, QuantizedWeight
+from ..types import LinearWeights, QuantizedWeight, RowRanks
 from .base import LinearSpec, PreparedLinear
 from .dense_terms import DenseTerms
 
@@ -40,9 +40,9 @@ class _ReferenceLinear:
         zero_point_bytes = 0 if self.zero_point is None else self.zero_point.nbytes
         return self.weight_packed.nbytes + self.scale.nbytes + zero_point_bytes + self.terms.nbytes
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, row_ranks: RowRanks | None = None) -> Tensor:
         x = self.terms.prepare_input(x)
-        return self.terms.add_to(self._multiply(x), x)
+        return self.terms.add_to(self._multiply(x), x, row_ranks)
 
     def rows(self, indices: Tensor) -> Tensor:
         return self._dequantize(indices)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..types import LinearWeights, QuantizedWeight
+from ..types import LinearWeights, QuantizedWeight, RowRanks
 from .base import LinearSpec, PreparedLinear
 from .dense_terms import DenseTerms
 
@@ -71,7 +71,7 @@ class _Int4Linear:
     def nbytes(self) -> int:
         return self.packed.nbytes + self.scales_and_zeros.nbytes + self.zero_point.nbytes + self.terms.nbytes
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, row_ranks: RowRanks | None = None) -> Tensor:
         x = self.terms.prepare_input(x)
         if self.layout is None or x.shape[0] <= _FEW_ROWS:
             op_group = x.shape[1] // self.scales_and_zeros.shape[0]
@@ -80,7 +80,7 @@ class _Int4Linear:
             )
         else:
             product = self._multiply_dequantized(x, self.layout)
-        return self.terms.add_to(product, x)
+        return self.terms.add_to(product, x, row_ranks)
 
     def _multiply_dequantized(self, x: Tensor, layout: _TileLayout) -> Tensor:
         out_features, in_features = self.packed.shape[0], x.shape[1]

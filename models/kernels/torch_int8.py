@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..scheme import PER_CHANNEL
-from ..types import LinearWeights
+from ..types import LinearWeights, RowRanks
 from .base import LinearSpec, PreparedLinear
 from .dense_terms import DenseTerms
 
@@ -36,13 +36,13 @@ class _Int8Linear:
     def nbytes(self) -> int:
         return self.weight.nbytes + self.scale.nbytes + self.terms.nbytes
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, row_ranks: RowRanks | None = None) -> Tensor:
         x = self.terms.prepare_input(x)
         if x.shape[0] <= _FEW_ROWS:
             product = torch.ops.aten._weight_int8pack_mm(_aligned(x), self.weight, self.scale)
         else:
             product = self._multiply_converted(x).mul_(self.scale)
-        return self.terms.add_to(product, x)
+        return self.terms.add_to(product, x, row_ranks)
 
     def _multiply_converted(self, x: Tensor) -> Tensor:
         out_features, in_features = self.weight.shape

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import KernelError
 from ..kernels.base import KernelBackend, LinearSpec, PreparedLinear, RowReader, Selection, select_backend
-from ..types import LinearWeights
+from ..types import LinearWeights, RowRanks
 
 
 class DenseLinear(nn.Module):
@@ -79,9 +79,9 @@ class LowRankLinear(nn.Module):
         """Bytes that the layer keeps resident."""
         return self.prepared.nbytes
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` (num_tokens, in_features) -> (num_tokens, out_features), same dtype."""
-        return self.prepared(x)
+    def forward(self, x: Tensor, row_ranks: RowRanks | None = None) -> Tensor:
+        """``x`` (num_tokens, in_features) -> (num_tokens, out_features), same dtype; see ``PreparedLinear``."""
+        return self.prepared(x, row_ranks)
 
     @property
     def has_rows(self) -> bool:
@@ -101,3 +101,10 @@ class LowRankLinear(nn.Module):
     def extra_repr(self) -> str:
         """Name the backend when the module is printed."""
         return f"backend={self.selection.backend.name}"
+
+
+def apply_linear(linear: nn.Module, x: Tensor, row_ranks: RowRanks | None) -> Tensor:
+    """``linear(x)`` with as much of its correction as ``row_ranks`` says; only quantized layers have one."""
+    has_ranks = row_ranks is not None and isinstance(linear, LowRankLinear)
+    output: Tensor = linear(x, row_ranks) if has_ranks else linear(x)
+    return output

@@ -2,11 +2,16 @@
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..types import RowRanks
+
+ALL_COMPONENTS = (1 << 31) - 1
+"""Rank of a row that gets all of every correction: more than any has."""
 
 
 class SequenceSpan(NamedTuple):
@@ -17,6 +22,7 @@ class SequenceSpan(NamedTuple):
     slots:             (context_len,) int64 key-value cache slots of all of them, in order; None: no cache,
                        then context_len == num_tokens, or one that takes block tables
     block_table:       cache blocks of all of them, in order, and maybe more; None: no cache, or one that takes slots
+    rank:              leading components of every correction that count in its rows, from 0; None: all
     """
 
     start: int
@@ -24,6 +30,24 @@ class SequenceSpan(NamedTuple):
     context_len: int
     slots: Tensor | None = None
     block_table: Sequence[int] | None = None
+    rank: int | None = None
+
+
+def ranks_of_rows(spans: Sequence[SequenceSpan]) -> "array[int] | None":
+    """Each row's rank, 32-bit integers, ``ALL_COMPONENTS`` where a span leaves it open; None: all of them do.
+
+    Raises:
+        ValueError: a negative rank.
+    """
+    if all(span.rank is None for span in spans):
+        return None
+    ranks = array("i")
+    for span in spans:
+        rank = ALL_COMPONENTS if span.rank is None else min(span.rank, ALL_COMPONENTS)
+        if rank < 0:
+            raise ValueError(f"a sequence cannot have {rank} components of a correction")
+        ranks.extend([rank] * span.num_tokens)
+    return ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +56,20 @@ class Batch:
 
     token_ids, positions: (num_tokens,) int64; positions as the spans tell them: each row's place in its sequence
     spans:                one per sequence, in row order, covering every row
+    row_ranks:            what the spans say of corrections, for every row; None: all of each
     """
 
     token_ids: Tensor
     positions: Tensor
     spans: tuple[SequenceSpan, ...]
+    row_ranks: RowRanks | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        row_ranks, ranks = None, ranks_of_rows(self.spans)
+        if ranks:
+            per_row = torch.tensor(ranks, dtype=torch.int64)
+            row_ranks = RowRanks(per_row.to(self.token_ids.device), max(ranks))
+        object.__setattr__(self, "row_ranks", row_ranks)
 
     @property
     def num_tokens(self) -> int:

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import KernelError
-from ..layers.linear import LowRankLinear
+from ..layers.linear import LowRankLinear, apply_linear
 from ..quant.activation import quantize_activations
 from ..quant.grid import dequantize_rows
 from ..scheme import EMBEDDING, HEAD
-from ..types import QuantizedWeight
+from ..types import QuantizedWeight, RowRanks
 from .attention import AttentionPlan
 from .batch import Batch, TokenBatch
 from .config import LlamaConfig
@@ -90,13 +90,20 @@ class Attention(nn.Module):
         self.v_proj = weights.linear(f"{path}.v_proj")
         self.o_proj = weights.linear(f"{path}.o_proj")
 
-    def forward(self, x: Tensor, rotary: Rotary, plan: AttentionPlan, kv_cache: PagedKVCache | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        plan: AttentionPlan,
+        kv_cache: PagedKVCache | None,
+        row_ranks: RowRanks | None = None,
+    ) -> Tensor:
         """``x`` (num_tokens, hidden_size) -> same shape and dtype."""
-        query = self._rounded(rotary.rotate(self._heads(self.q_proj(x))))
-        key = self._rounded(rotary.rotate(self._heads(self.k_proj(x))))
-        value = self._rounded(self._heads(self.v_proj(x)))
-        output: Tensor = self.o_proj(plan.attend(self.layer_index, query, key, value, kv_cache))
-        return output
+        query = self._rounded(rotary.rotate(self._heads(apply_linear(self.q_proj, x, row_ranks))))
+        key = self._rounded(rotary.rotate(self._heads(apply_linear(self.k_proj, x, row_ranks))))
+        value = self._rounded(self._heads(apply_linear(self.v_proj, x, row_ranks)))
+        attended = plan.attend(self.layer_index, query, key, value, kv_cache)
+        return apply_linear(self.o_proj, attended, row_ranks)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.reshape(len(x), -1, self.head_dim)
@@ -115,10 +122,10 @@ class MLP(nn.Module):
         self.up_proj = weights.linear(f"{path}.up_proj")
         self.down_proj = weights.linear(f"{path}.down_proj")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, row_ranks: RowRanks | None = None) -> Tensor:
         """``x`` (num_tokens, hidden_size) -> same shape and dtype."""
-        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return output
+        gate = F.silu(apply_linear(self.gate_proj, x, row_ranks))
+        return apply_linear(self.down_proj, gate * apply_linear(self.up_proj, x, row_ranks), row_ranks)
 
 
 class DecoderLayer(nn.Module):
@@ -155,8 +162,9 @@ class DecoderLayer(nn.Module):
             (num_tokens, hidden_size), same dtype.
         """
         plan = plan or AttentionPlan.of(batch, self.window, kv_cache is not None)
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, plan, kv_cache)
-        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        ranks = batch.row_ranks
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotary, plan, kv_cache, ranks)
+        output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden), ranks)
         return output
 
 

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from ..kernels.native.program import StepInputs
 from ..kernels.native.structs import CACHE_BLOCK
-from .batch import SequenceSpan
+from .batch import SequenceSpan, ranks_of_rows
 from .native_cache import NativeKVCache
 
 _Member: TypeAlias = tuple[SequenceSpan, Sequence[int]]
@@ -90,7 +90,7 @@ def _pieces(span: SequenceSpan, num_rows: int, max_rows: int) -> Iterator[Sequen
     while done < span.num_tokens:
         num_tokens = min(room, span.num_tokens - done)
         context_len = span.context_len - span.num_tokens + done + num_tokens
-        yield SequenceSpan(span.start + done, num_tokens, context_len)
+        yield SequenceSpan(span.start + done, num_tokens, context_len, rank=span.rank)
         done += num_tokens
         room = max_rows
 
@@ -108,7 +108,9 @@ def _step(token_ids: "array[int]", members: Sequence[_Member]) -> StepInputs:
     end = last.start + last.num_tokens
     starts.append(end - first.start)
     stride = max(map(len, rows))
-    return StepInputs(token_ids[first.start : end], positions, starts, context_lens, _matrix(rows, stride), stride)
+    tokens, table = token_ids[first.start : end], _matrix(rows, stride)
+    ranks = ranks_of_rows([span for span, _ in members])
+    return StepInputs(tokens, positions, starts, context_lens, table, stride, ranks)
 
 
 def _matrix(tables: Sequence[Sequence[int]], width: int) -> "array[int]":

@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 from ..config import ReconstructConfig
 from ..errors import SchemeError
-from .base import Reconstructor
+from .base import LowRankReconstructor, Reconstructor
 from .loftq import Loftq
 from .lqer import L2qer, Lqer
 from .lqlora import LqLora
@@ -32,6 +32,15 @@ RECONSTRUCTORS: Mapping[str, Callable[[ReconstructConfig], Reconstructor]] = Map
         "srr": Srr,
     }
 )
+
+
+def corrects_finished_codes(method: str) -> bool:
+    """``method`` quantizes the weight itself and only then approximates the error, so that codes without correction, or
+    with its first components, are what the quantizer alone gives, or something between. Others take the correction out
+    of the weight before they quantize: without it a part of the weight is missing.
+    """
+    create = RECONSTRUCTORS.get(method)
+    return isinstance(create, type) and issubclass(create, LowRankReconstructor | NoReconstruction)
 
 
 def get_reconstructor(config: ReconstructConfig) -> Reconstructor:

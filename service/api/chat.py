@@ -15,6 +15,7 @@ from models.errors import QerveError
 from ..deps import Context, ContextDep, json_body
 from ..errors import ApiError, bad_request, internal_error
 from .generation import Call, Choice, admit, max_tokens_for, start, stream, tokenize, unless_disconnected
+from .rank import check_rank, rank_in_engine, rank_of, with_rank
 from .sampling import sampling_of
 from .schemas import ChatBody, ChatMessage
 from .sse import DONE, encode_event
@@ -30,6 +31,7 @@ async def chat_completions(
     """Write the assistant's next message, ``n`` times."""
     body.check()
     context.check_model(body.model)
+    check_rank(context, body.rank)
     with ExitStack() as stack:
         generation = admit(context, body.n or 1)
         stack.callback(generation.close)
@@ -40,15 +42,17 @@ async def chat_completions(
         limit = max_tokens_for(context, len(rows[0]), body.requested_tokens, None)
         sampling = await sampling_of(context, body)
         context.metrics.request_accepted(body.n or 1)
-        call = Call(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), len(rows[0]), generation)
+        rank = rank_of(context, body.rank, body.n or 1)
+        call_id = f"chatcmpl-{uuid.uuid4().hex}"
+        call = Call(call_id, int(time.time()), len(rows[0]), generation, rank_in_engine(context, rank))
         start(context, call, body, sampling, rows=rows, max_tokens=[limit])
         if body.stream:
-            return stream(context, _events(context, body, call), stack.pop_all().close)
+            return with_rank(stream(context, _events(context, body, call), stack.pop_all().close), rank)
         choices = await unless_disconnected(request, context, call.finish())
         answer = _object(context, call, "chat.completion", [_message(context, body, choice) for choice in choices])
         if body.return_token_ids:
             answer["prompt_token_ids"] = rows[0]
-        return JSONResponse({**answer, "usage": call.usage})
+        return with_rank(JSONResponse({**answer, "usage": call.usage}), rank)
 
 
 def _prompt(context: Context, body: ChatBody) -> str:

@@ -46,6 +46,7 @@ class Choice:
 class Call:
     """One generation call in progress.
 
+    rank:    of the corrections, for all of its sequences; None: all of it
     choices: by the engine's request id
     """
 
@@ -53,6 +54,7 @@ class Call:
     created: int
     num_prompt_tokens: int
     generation: Generation
+    rank: int | None = None
     choices: dict[str, Choice] = field(default_factory=dict)
 
     @property
@@ -191,7 +193,7 @@ def start(
             request_id = uuid.uuid4().hex
             seed = None if sampling.seed is None else sampling.seed + choice
             params = replace(sampling, max_tokens=limit, seed=seed)
-            request = Request(request_id, row, params, call.generation.arrival_seconds)
+            request = Request(request_id, row, params, call.generation.arrival_seconds, rank=call.rank)
             tokens = ChoiceTokens(context.speller, request, echo is not None)
             call.choices[request_id] = Choice(len(call.choices), tokens, choice == 0, echo or "")
             requests.append(request)

@@ -21,6 +21,7 @@ from ..engine.request import FinishReason, SamplingParams
 from ..engine.request import Request as EngineRequest
 from ..errors import bad_request, internal_error
 from .generation import admit, check_token_ids, unless_disconnected
+from .rank import check_rank, rank_in_engine, with_rank
 from .schemas import PerplexityBody
 
 DEFAULT_WINDOW = 1024
@@ -40,14 +41,18 @@ async def perplexity(
     """
     body.check()
     context.check_model(body.model)
+    check_rank(context, body.rank)
     with ExitStack() as stack:
         # However many windows there are, the call counts as one sequence: it waits in the queue once.
         call = admit(context, 1, keeps_seats=True)
         stack.callback(call.close)
         tokens = await _tokens(context, body)
         windows = _plan(context, body, len(tokens))
-        result = await unless_disconnected(request, context, _score(context, call, tokens, windows))
-    return JSONResponse(_answer(context, body, result))
+        # A measurement gets what it asks for, whoever waits.
+        rank = context.ranks.full if body.rank is None else body.rank
+        score = _score(context, call, tokens, windows, rank_in_engine(context, rank))
+        result = await unless_disconnected(request, context, score)
+    return with_rank(JSONResponse(_answer(context, body, result)), rank)
 
 
 async def _tokens(context: Context, body: PerplexityBody) -> list[int]:
@@ -92,13 +97,15 @@ def _plan(context: Context, body: PerplexityBody, num_tokens: int) -> list[Windo
         raise bad_request(str(error), "text" if body.text is not None else "token_ids") from None
 
 
-async def _score(context: Context, call: Generation, tokens: list[int], windows: list[Window]) -> PerplexityResult:
+async def _score(
+    context: Context, call: Generation, tokens: list[int], windows: list[Window], rank: int | None
+) -> PerplexityResult:
     """Every window as a request that generates nothing; the next one starts when one is done.
 
     Raises:
         ApiError: 500, the engine failed on a window.
     """
-    requests = [_request(tokens, window, call.arrival_seconds) for window in windows]
+    requests = [_request(tokens, window, call.arrival_seconds, rank) for window in windows]
     nlls: dict[str, list[float]] = {request.request_id: [] for request in requests}
     waiting = iter(requests)
     call.start(list(islice(waiting, _num_together(windows))))
@@ -117,11 +124,11 @@ def _num_together(windows: list[Window]) -> int:
     return max(1, min(MAX_TOGETHER, TOKENS_TOGETHER // (windows[0].end - windows[0].start), len(windows)))
 
 
-def _request(tokens: list[int], window: Window, arrival_seconds: float) -> EngineRequest:
+def _request(tokens: list[int], window: Window, arrival_seconds: float, rank: int | None) -> EngineRequest:
     params = SamplingParams(max_tokens=0, num_prompt_logprobs=0)
     score_from = window.end - window.start - window.num_scored
     token_ids = tokens[window.start : window.end]
-    return EngineRequest(uuid.uuid4().hex, token_ids, params, arrival_seconds, score_from)
+    return EngineRequest(uuid.uuid4().hex, token_ids, params, arrival_seconds, score_from, rank=rank)
 
 
 def _answer(context: Context, body: PerplexityBody, result: PerplexityResult) -> dict[str, Any]:

@@ -105,6 +105,12 @@ class AsyncEngine:
         """No call holds a seat."""
         return self._num_admitted == 0
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that were admitted and have no seat in a step: too many for the seats, or for the cache."""
+        scheduler = self._engine.scheduler
+        return max(self._num_admitted - scheduler.max_num_seqs, len(scheduler.waiting))
+
     def start(self) -> None:
         """Start the thread; outputs go to the event loop that is running now."""
         self._event_loop = asyncio.get_running_loop()

@@ -2,8 +2,8 @@
 
 Keys and values of a token depend on every token before it. So a block's key is the hash of the key of the block before
 it and of its own tokens, and two requests have a block's key in common exactly if they begin with the same tokens up to
-its end. The first block's predecessor is the hash of the request's salt: requests with different salts share nothing,
-and how fast one is answered tells nothing of the other.
+its end. The first block's predecessor is the hash of the request's salt and rank: requests with different salts share
+nothing, and how fast one is answered tells nothing of the other; with different ranks, keys and values differ.
 
 Keys are 256 bits of BLAKE2b. Nobody can find two texts with the same one, not even on purpose, so that tokens need not
 be compared.
@@ -18,9 +18,10 @@ from .request import Request
 _KEY_BYTES = 32
 
 
-def root_key(salt: str) -> bytes:
-    """What stands before the first block of every request with ``salt``."""
-    return blake2b(salt.encode("utf-8", errors="surrogatepass"), digest_size=_KEY_BYTES, person=b"qerve salt").digest()
+def root_key(salt: str, rank: int | None = None) -> bytes:
+    """What stands before the first block of every request with ``salt`` and ``rank``."""
+    data, number = salt.encode("utf-8", errors="surrogatepass"), 0 if rank is None else rank + 1
+    return blake2b(data, digest_size=_KEY_BYTES, salt=number.to_bytes(8, "little"), person=b"qerve salt").digest()
 
 
 def block_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
@@ -35,6 +36,6 @@ def keys_of(request: Request, num_blocks: int, block_size: int) -> list[bytes]:
     """
     keys = request.block_keys
     for index in range(len(keys), num_blocks):
-        parent = keys[-1] if keys else root_key(request.cache_salt)
+        parent = keys[-1] if keys else root_key(request.cache_salt, request.rank)
         keys.append(block_key(parent, request.tokens_between(index * block_size, (index + 1) * block_size)))
     return keys

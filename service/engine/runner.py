@@ -91,7 +91,8 @@ class Runner:
             computed = request.num_computed_tokens
             context_len = computed + num_new
             slots = self._slots[request].slots[:context_len] if self._slots else None
-            tokens.spans.append(SequenceSpan(len(tokens.token_ids), num_new, context_len, slots, request.block_table))
+            start, table = len(tokens.token_ids), request.block_table
+            tokens.spans.append(SequenceSpan(start, num_new, context_len, slots, table, request.rank))
             tokens.token_ids.extend(request.tokens_between(computed, context_len))
             tokens.token_ids.extend(draft)
             if gets_token:

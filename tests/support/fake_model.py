@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from models.artifact.execution import Execution
 from models.artifact.format import Manifest, Probe, TensorRecord, self_hash
 from models.artifact.load import LoadedModel
-from models.config import BuildConfig
+from models.artifact.record import LinearRecord
+from models.config import BuildConfig, ReconstructConfig
 from models.llama.batch import Batch, TokenBatch
 from models.llama.config import LlamaConfig
 from models.llama.kv_cache import PagedKVCache
+from models.scheme import QuantScheme
 
 EOS = 256
 BOS = 257
@@ -90,7 +92,8 @@ class FakeModel(nn.Module):
                 tokens = kv_cache.read(0, span.slots)[0].flatten()
             first = span.context_len - span.num_tokens
             assert batch.positions[span.start].item() == first
-            hidden += [self.state(tokens[: first + row + 1].tolist()) for row in range(span.num_tokens)]
+            rows = range(first, first + span.num_tokens)
+            hidden += [ranked(self.state(tokens[: row + 1].tolist()), span.rank) for row in rows]
         return torch.tensor(hidden, dtype=torch.float32)[:, None]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -105,14 +108,14 @@ class FakeModel(nn.Module):
         hidden = self(batch, kv_cache)
         return self.logits(hidden[rows]) if len(rows) else None
 
-    def next_token(self, token_ids: Sequence[int]) -> int:
+    def next_token(self, token_ids: Sequence[int], rank: int | None = None) -> int:
         """The greedy choice after ``token_ids``, without batch or cache."""
-        return int(self.logits(torch.tensor([[float(self.state(token_ids))]]))[0].argmax())
+        return int(self.logits(torch.tensor([[float(ranked(self.state(token_ids), rank))]]))[0].argmax())
 
-    def continue_greedily(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+    def continue_greedily(self, prompt: Sequence[int], num_tokens: int, rank: int | None = None) -> list[int]:
         tokens = list(prompt)
         for _ in range(num_tokens):
-            tokens.append(self.next_token(tokens))
+            tokens.append(self.next_token(tokens, rank))
         return tokens[len(prompt) :]
 
 
@@ -149,6 +152,11 @@ def state_of(token_ids: Sequence[int]) -> int:
     for token in token_ids:
         state = (state * 31 + int(token) + 1) % MODULUS
     return state
+
+
+def ranked(state: int, rank: int | None) -> int:
+    """Another state for every rank; without one, as for all components."""
+    return state if rank is None else (state + 1 + 131 * rank) % MODULUS
 
 
 class ByteTokenizer:
@@ -208,16 +216,21 @@ def byte_vocabulary() -> dict[str, int]:
 
 @dataclass
 class FakeParts:
-    """What a loaded fake model is made of; a test changes what it is about."""
+    """What a loaded fake model is made of; a test changes what it is about.
+
+    rank: of the correction that its manifest tells of
+    """
 
     model: FakeModel = field(default_factory=FakeModel)
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
+    rank: int = 0
+    method: str = "none"
 
     def loaded(self) -> LoadedModel:
         return LoadedModel(
             model=cast(Any, self.model),
             tokenizer=cast(Any, self.tokenizer),
-            manifest=fake_manifest(),
+            manifest=fake_manifest(self.rank, self.method),
             selections={},
             weight_bytes={"packed": 1000, "scale": 100, "lora_up": 64, "lora_down": 32, "unquantized": 7},
             resident_bytes={"reference": 1200},
@@ -226,15 +239,34 @@ class FakeParts:
         )
 
 
-def fake_manifest() -> Manifest:
+def fake_record(rank: int) -> LinearRecord:
+    return LinearRecord(
+        scheme=QuantScheme(),
+        in_features=256,
+        out_features=256,
+        rank=rank,
+        lora_form="two-factor",
+        factor_dtype="bfloat16",
+        has_bias=False,
+        has_input_scale=False,
+        has_channel_order=False,
+        rotation_block=0,
+        activations=None,
+        relative_weight_error=0.1,
+        relative_output_error=None,
+        effective_bits=5.0,
+    )
+
+
+def fake_manifest(rank: int = 0, method: str = "none") -> Manifest:
     embedding = TensorRecord(file="model.safetensors", dtype="BF16", shape=(4, 2), sha256="0" * 64)
     values: dict[str, Any] = {
         "format": "qerve-1",
         "qerve_version": "0",
-        "build": BuildConfig(),
+        "build": BuildConfig(reconstruct=ReconstructConfig(method=method, rank=rank)),
         "checkpoint_fingerprint": "0" * 64,
         "calibration_fingerprint": None,
-        "linears": {},
+        "linears": {"model.layers.0.mlp.up_proj": fake_record(rank)} if rank else {},
         "tensors": {"model.embed_tokens.weight": embedding},
         "files": {},
         "component_bytes": {},

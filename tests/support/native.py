@@ -49,14 +49,15 @@ def rounded_inputs(weights: LinearWeights, x: Tensor, block: int, bits: Activati
     return ((groups / scale).round() * scale).flatten(1)
 
 
-def expected_product(weights: LinearWeights, inputs: Tensor, block: int) -> Product:
-    """What the kernels make of rounded ``inputs``, summed in float64."""
+def expected_product(weights: LinearWeights, inputs: Tensor, block: int, rank: int | None = None) -> Product:
+    """What the kernels make of rounded ``inputs``, summed in float64; with the first ``rank`` components only."""
     x, weight = inputs.double(), dequantize(weights.quantized).double()
     value, magnitude = x @ weight.T, x.abs() @ weight.abs().T
     rounding = torch.zeros_like(value)
     if weights.correction is not None:
         factors = byte_factors(weights.correction, block)
-        up, reduced = factors.lora_up.values().double(), reduced_inputs(factors, x)
+        up, reduced = factors.lora_up.values().double(), reduced_inputs(factors, x).clone()
+        reduced[:, factors.rank if rank is None else rank :] = 0
         value, magnitude = value + reduced @ up.T, magnitude + reduced.abs() @ up.abs().T
         if factors.lora_down is not None:
             largest = reduced.abs().view(len(x), -1, RANK_BLOCK).amax(-1, keepdim=True)

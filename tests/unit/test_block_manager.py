@@ -134,6 +134,12 @@ def test_a_block_has_another_key_after_other_tokens_and_under_another_salt():
     assert root_key("") != root_key("\ud800")
 
 
+def test_a_block_has_another_key_for_every_rank():
+    keys = [key_list(range(4), rank=rank)[0] for rank in (None, 0, 1, 32, 256)]
+    assert len(set(keys)) == len(keys)
+    assert root_key("a", 1) != root_key("a\x01", None)
+
+
 def test_where_one_tokens_bytes_end_and_the_next_ones_begin_matters():
     assert block_key(b"", [1, 256]) != block_key(b"", [256, 1])
     assert block_key(b"", [258]) != block_key(b"", [2, 1])

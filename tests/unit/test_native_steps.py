@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.llama.batch import Batch, SequenceSpan
+from models.llama.batch import ALL_COMPONENTS, Batch, SequenceSpan
 from models.llama.native_cache import NativeKVCache
 from models.llama.native_steps import fresh_tables, given_tables, steps_of
 from tests.support.fake_model import fake_config
@@ -22,11 +22,17 @@ def batches(draw):
     for num_tokens, computed in lengths:
         context_len = computed + num_tokens
         table = [blocks.pop() for _ in range(-(-context_len // BLOCK) + draw(st.integers(0, 2)))]
-        spans.append(SequenceSpan(start, num_tokens, context_len, None, table))
+        spans.append(
+            SequenceSpan(start, num_tokens, context_len, None, table, draw(st.sampled_from([None, None, 0, 7])))
+        )
         positions += range(computed, context_len)
         start += num_tokens
     batch = Batch(torch.arange(1000, 1000 + start), torch.tensor(positions), tuple(spans))
     return batch, draw(st.integers(1, 70))
+
+
+def rank_of(span: SequenceSpan) -> int:
+    return ALL_COMPONENTS if span.rank is None else span.rank
 
 
 @settings(deadline=None, max_examples=150)
@@ -53,6 +59,8 @@ def test_steps_hold_every_row_once_in_order_with_its_sequences_blocks(case) -> N
             span = batch.spans[owner[rows[0]]]
             positions = step.positions.tolist()[starts[index] : starts[index + 1]]
             assert positions == list(range(context_len - len(rows), context_len))
+            ranks = [ALL_COMPONENTS] * num_rows if step.ranks is None else step.ranks.tolist()
+            assert ranks[starts[index] : starts[index + 1]] == [rank_of(span)] * len(rows)
             blocks = step.block_tables.tolist()[index * step.table_stride :][: -(-context_len // BLOCK)]
             assert blocks == list(span.block_table)[: len(blocks)]
         assert step.token_ids.tolist() == batch.token_ids[row : row + num_rows].tolist()

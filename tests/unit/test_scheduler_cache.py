@@ -153,12 +153,14 @@ def test_what_was_generated_is_found_by_a_prompt_that_repeats_it():
     assert turn.num_cached_tokens == 8  # 6 + 5 are computed; the third block is not full
 
 
-@pytest.mark.parametrize("what", ["salt", "off"])
-def test_nothing_is_shared_across_salts_or_when_it_is_switched_off(what):
+@pytest.mark.parametrize("what", ["salt", "rank", "off"])
+def test_nothing_is_shared_across_salts_and_ranks_or_when_it_is_switched_off(what):
     scheduler = make_scheduler(block_size=4, has_prefix_cache=what != "off")
     first, second = request_of("a", TEXT[:10]), request_of("b", TEXT[:10])
     if what == "salt":
         second.cache_salt = "another key"
+    if what == "rank":
+        second.rank = 8
     scheduler.add(first)
     scheduler.add(second)
     assert run_step(scheduler) == [("a", 10), ("b", 10)]

@@ -186,7 +186,7 @@ struct TileScratch {
 };
 
 inline int64_t tile_scratch_bytes(const qerve_matrix& m) {
-    const int num_blocks = m.in_features / m.block + (m.rank + kRankBlock - 1) / kRankBlock;
+    const int num_blocks = m.in_features / m.block + rank_blocks_of(m.rank);
     return 2 * kSumsInts * 4 + 2 * kTileRows * kHalf * 4 + run_bytes(num_blocks);
 }
 

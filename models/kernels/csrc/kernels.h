@@ -51,6 +51,7 @@ struct LinearTask {
     const qerve_matrix* matrix;
     Codes input;       // of the main blocks
     Codes reduced;     // of the low-rank blocks: block 32; the reduced rows, or `input` itself for first channels
+    int32_t rank;      // leading components of the low-rank term that are multiplied; in all rows the others are zero
     Progress progress; // of the reduced rows
     int32_t row_begin, row_end;
     int32_t strip_begin, strip_end;

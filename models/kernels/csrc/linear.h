@@ -49,13 +49,16 @@ static inline BlockRun main_run(const LinearTask& task, int strip) {
             m.has_zero_points != 0, m.zero, m.multiplier, task.input};
 }
 
-// The low-rank blocks of a strip; num_blocks is 0 where there are none.
+static inline int rank_blocks_of(int rank) { return (rank + kRankBlock - 1) / kRankBlock; }
+
+// The low-rank blocks of a strip up to the task's rank; num_blocks is 0 where there are none. Those behind would add
+// zero times a finite scale, which leaves every sum as it is: none is ever -0, since it starts at +0 and no term that
+// is not zero is rounded to zero.
 static inline BlockRun rank_run(const LinearTask& task, int strip) {
     const qerve_matrix& m = *task.matrix;
-    const int num_blocks = (m.rank + kRankBlock - 1) / kRankBlock;
-    const int64_t bytes = num_blocks * (64 + code_bytes(8, kRankBlock));
-    return {m.strips + (strip + 1) * m.strip_bytes - bytes, num_blocks, kRankBlock, 1, false, 128, m.up_multiplier,
-            task.reduced};
+    const int64_t bytes = rank_blocks_of(m.rank) * (64 + code_bytes(8, kRankBlock));
+    return {m.strips + (strip + 1) * m.strip_bytes - bytes, rank_blocks_of(task.rank), kRankBlock, 1, false, 128,
+            m.up_multiplier, task.reduced};
 }
 
 // acc[t][h] += sums of kRows rows of x with one block of codes, h the half of the strip.
@@ -255,7 +258,7 @@ inline void multiply_rows(const LinearTask& task, int strip, int64_t row) {
         case 4: add_run<S, 4, kRows>(main, row, total); break;
         default: add_run<S, 8, kRows>(main, row, total); break;
     }
-    if (task.matrix->rank > 0) {
+    if (task.rank > 0) {
         wait_for(task.progress);
         add_run<S, 8, kRows>(rank_run(task, strip), row, total);
     }

@@ -36,7 +36,16 @@ std::string problem_with(const qerve_attention_op& op) {
     return op.num_heads % op.num_kv_heads != 0 ? "query heads must be a multiple of the key and value heads" : "";
 }
 
+std::string problem_with(const qerve_step& step) {
+    for (int row = 0; step.ranks != nullptr && row < step.num_tokens; ++row) {
+        if (step.ranks[row] >= 0) continue;
+        return "rank " + std::to_string(step.ranks[row]) + " in row " + std::to_string(row) + " is negative";
+    }
+    return "";
+}
+
 std::string find_problem(const qerve_op* ops, int num_ops, const qerve_step& step) {
+    if (std::string problem = problem_with(step); !problem.empty()) return problem;
     for (int i = 0; i < num_ops; ++i) {
         const void* args = ops[i].args;
         std::string problem;

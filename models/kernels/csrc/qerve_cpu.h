@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define QERVE_ABI_VERSION 1
+#define QERVE_ABI_VERSION 2
 #define QERVE_STRIP_ROWS 32
 #define QERVE_CACHE_BLOCK 16
 
@@ -161,6 +161,8 @@ typedef struct qerve_step {
     const int32_t* starts;       /* (num_sequences + 1,) first row of each sequence */
     const int32_t* context_lens; /* (num_sequences,) tokens in the cache when this step is done */
     const int32_t* block_tables; /* (num_sequences, table_stride) */
+    const int32_t* ranks; /* (num_tokens,) leading components of every low-rank term that count in a row, from 0; what is
+                           * more than a term has stands for all of it. NULL: all, in every row */
     int32_t num_tokens;
     int32_t num_sequences;
     int32_t table_stride;

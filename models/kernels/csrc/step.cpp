@@ -1,12 +1,10 @@
 // What a step needs before its first operator, and the way through them.
 #include "step.h"
 
-#include "step_linear.h"
-
 namespace qerve {
 
 Step::Step(qerve_context& context, const qerve_op* ops, int num_ops, const qerve_step& step)
-    : context_(context), kernels_(context.kernels), ops_(ops), num_ops_(num_ops), step_(step) {
+    : context_(context), kernels_(context.kernels), ops_(ops), num_ops_(num_ops), step_(step), ranks_(step) {
     has_only_decodes_ = step.num_tokens == step.num_sequences;
     for (int s = 0; s < step.num_sequences; ++s) {
         for (int row = step.starts[s]; row < step.starts[s + 1]; row += kernels_.attention_rows) {
@@ -48,7 +46,7 @@ void Step::reserve() {
     int64_t shared = 64, own = 64;
     for (int i = 0; i < num_ops_; ++i) {
         if (ops_[i].kind == QERVE_OP_LINEAR) {
-            const LinearMemory memory(*static_cast<const qerve_linear_op*>(ops_[i].args), step_.num_tokens, kernels_);
+            const LinearMemory memory(*static_cast<const qerve_linear_op*>(ops_[i].args), step_.num_tokens, ranks_, kernels_);
             shared = std::max(shared, memory.shared_bytes);
             own = std::max(own, memory.own_bytes);
         } else if (ops_[i].kind == QERVE_OP_ATTENTION) {

@@ -8,6 +8,7 @@
 
 #include "context.h"
 #include "kernels.h"
+#include "step_linear.h"
 
 namespace qerve {
 
@@ -110,6 +111,7 @@ private:
     const qerve_op* ops_;
     int num_ops_;
     const qerve_step& step_;
+    const RankRange ranks_;
     std::vector<Tile> tiles_;
     bool has_only_decodes_ = false;
 };

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ...scheme import PER_TOKEN
-from ...types import LinearWeights
+from ...types import LinearWeights, RowRanks
 from ..base import LinearSpec, PreparedLinear
 from .inputs import ActivationBits, LinearInput, why_not
 from .pack import PackedMatrix, pack_linear, widest_block
@@ -45,9 +45,9 @@ class NativeLinear:
         """See ``PreparedLinear``."""
         return self.matrix.nbytes + self.inputs.nbytes
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, row_ranks: RowRanks | None = None) -> Tensor:
         """See ``PreparedLinear``; computed in float32."""
-        return self._call(x.float()).to(x.dtype)
+        return self._call(x.float(), row_ranks).to(x.dtype)
 
 
 class NativeBackend:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...scheme import ActivationScheme
+from ...types import RowRanks
 from .embedding import EmbeddingTable
 from .inputs import LinearInput, activation_struct
 from .pack import PackedMatrix
@@ -76,6 +77,7 @@ class StepInputs(NamedTuple):
     starts:       (num_sequences + 1,), first row of each sequence, then num_tokens
     context_lens: (num_sequences,), tokens in the cache when this step is done
     block_tables: (num_sequences, table_stride), row by row
+    ranks:        (num_tokens,), leading components of every low-rank term that count in a row; None: all, in all rows
     """
 
     token_ids: "array[int]"
@@ -84,6 +86,7 @@ class StepInputs(NamedTuple):
     context_lens: "array[int]"
     block_tables: "array[int]"
     table_stride: int
+    ranks: "array[int] | None" = None
 
     @property
     def num_tokens(self) -> int:
@@ -93,7 +96,8 @@ class StepInputs(NamedTuple):
     def struct(self) -> Step:
         """``qerve_step``; points into the arrays here."""
         addresses = [numbers.buffer_info()[0] for numbers in self[:5]]
-        return Step(*addresses, self.num_tokens, len(self.context_lens), self.table_stride)
+        ranks = None if self.ranks is None else self.ranks.buffer_info()[0]
+        return Step(*addresses, ranks, self.num_tokens, len(self.context_lens), self.table_stride)
 
 
 class LinearCall:
@@ -110,9 +114,10 @@ class LinearCall:
         self._parts = (ctypes.c_void_p * 1)(matrix.address)
         self._columns = (ctypes.c_int32 * 1)(0)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``x`` (num_rows, in_features) float32 -> (num_rows, out_features) float32."""
+    def __call__(self, x: Tensor, row_ranks: RowRanks | None = None) -> Tensor:
+        """``x`` (num_rows, in_features) float32 -> (num_rows, out_features) float32; see ``PreparedLinear``."""
         x = x.contiguous()
+        ranks = None if row_ranks is None else row_ranks.per_row.to(torch.int32).contiguous()
         y = x.new_empty(x.shape[0], self._matrix.out_features)
         if not len(x):
             return y
@@ -127,7 +132,8 @@ class LinearCall:
             num_parts=1,
             mode=OutputMode.STORE,
         )
-        self._runtime.run((Op * 1)(Op(OpKind.LINEAR, ctypes.addressof(op))), Step(num_tokens=len(x)))
+        step = Step(ranks=None if ranks is None else ranks.data_ptr(), num_tokens=len(x))
+        self._runtime.run((Op * 1)(Op(OpKind.LINEAR, ctypes.addressof(op))), step)
         return y
 
 

@@ -8,7 +8,7 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 from enum import IntEnum
 from typing import Any, TypeAlias
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 STRIP_ROWS = 32
 CACHE_BLOCK = 16
 ALIGNMENT = 64
@@ -192,6 +192,7 @@ class Step(ctypes.Structure):
         ("starts", c_void_p),
         ("context_lens", c_void_p),
         ("block_tables", c_void_p),
+        ("ranks", c_void_p),
         ("num_tokens", c_int32),
         ("num_sequences", c_int32),
         ("table_stride", c_int32),

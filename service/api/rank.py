@@ -1,0 +1,40 @@
+"""Elastic rank: how much of the corrections a call's sequences get, and how its answer says so."""
+
+from typing import TypeVar
+
+from fastapi.responses import Response
+
+from ..deps import Context
+from ..errors import bad_request
+
+RANK_HEADER = "X-Qerve-Rank"
+R = TypeVar("R", bound=Response)
+
+
+def check_rank(context: Context, requested: int | None) -> None:
+    """Raise 400 when more is asked for than the model has."""
+    full = context.ranks.full
+    if requested is not None and requested > full:
+        what = f"rank {full}" if full else "no low-rank correction: rank 0"
+        raise bad_request(f"rank {requested} is more than there is. This model has {what}.", "rank")
+
+
+def rank_of(context: Context, requested: int | None, num_sequences: int) -> int:
+    """The rank of a call's ``num_sequences``, which have seats already: what it asks for, or the policy's."""
+    if requested is not None:
+        return requested
+    rank = context.ranks.give(max(0, context.engine.num_waiting - num_sequences))
+    if rank < context.ranks.full:
+        context.metrics.rank_shed(num_sequences)
+    return rank
+
+
+def rank_in_engine(context: Context, rank: int) -> int | None:
+    """``rank`` as the engine has it: None for all of every correction, whether that was asked for or not."""
+    return None if rank >= context.ranks.full else rank
+
+
+def with_rank(response: R, rank: int) -> R:
+    """``response`` with the rank that it was made with in its header."""
+    response.headers[RANK_HEADER] = str(rank)
+    return response
