@@ -24,11 +24,13 @@ from .engine.ngram import Drafter
 from .engine.runner import Runner
 from .engine.scheduler import Scheduler
 from .errors import install_handlers
+from .grammar import GrammarCompiler
 from .memory import available_bytes
 from .metrics import WEIGHT_COMPONENTS, Metrics
 from .middleware import ApiKeyMiddleware, ErrorBoundaryMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
 from .model_info import ModelInfo
 from .settings import Settings
+from .token_speller import TokenSpeller
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionBody,
@@ -63,7 +65,10 @@ def create_app(loaded: LoadedModel, settings: Settings) -> FastAPI:
 
     app = FastAPI(title="qerve", version=qerve_version(), lifespan=lifespan)
     max_prompt_chars = plan.max_model_len * loaded.tokenizer.max_token_chars
-    app.state.context = Context(settings, loaded, info, engine, metrics, max_prompt_chars)
+    tokenizer = loaded.tokenizer
+    grammars = GrammarCompiler(tokenizer.to_json, tokenizer.eos_token_ids, model.config.vocab_size)
+    speller = TokenSpeller(tokenizer)
+    app.state.context = Context(settings, loaded, info, engine, metrics, max_prompt_chars, grammars, speller)
     for module in (completions, chat, perplexity, system):
         app.include_router(module.router)
     install_handlers(app)

@@ -15,9 +15,11 @@ from models.artifact.load import LoadedModel
 
 from .engine.async_engine import AsyncEngine
 from .errors import ApiError, bad_request, quote
+from .grammar import GrammarCompiler
 from .metrics import Metrics
 from .model_info import ModelInfo
 from .settings import Settings
+from .token_speller import TokenSpeller
 
 logger = logging.getLogger("qerve.http")
 
@@ -40,6 +42,8 @@ class Context:
     engine: AsyncEngine
     metrics: Metrics
     max_prompt_chars: int
+    grammars: GrammarCompiler
+    speller: TokenSpeller
 
     def check_model(self, name: str | None) -> None:
         """Raise 404 when a client asks for a model by a name that is not served here; no name means this one."""

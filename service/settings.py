@@ -46,6 +46,7 @@ class Settings(BaseSettings):
     kv_cache_memory:  bytes, or a text such as "2GiB"; None: from the memory that is available
     max_queue:        sequences that may wait beyond those that run
     max_perplexity_windows: windows of one perplexity request
+    max_logprobs:     most likely tokens that a completion may ask for with each token; chats may ask for 20 at most
     max_body_bytes:   size of a request body
     api_key:          when set, everything but /health/* asks for it
     drain_timeout_seconds: how long a stopping server lets requests finish
@@ -72,6 +73,7 @@ class Settings(BaseSettings):
     kv_cache_memory: ByteSize | None = None
     max_queue: int = Field(default=64, ge=0, le=100_000)
     max_perplexity_windows: int = Field(default=4096, ge=1, le=1 << 20)
+    max_logprobs: int = Field(default=20, ge=0, le=1024)
     max_body_bytes: ByteSize = 2 << 20
     api_key: SecretStr | None = None
     drain_timeout_seconds: float = Field(default=30.0, ge=0, le=3600)
