@@ -1,4 +1,4 @@
-"""A real network behind the engine: company, cuts, cached prefixes and preemption change no bit of a request's logits.
+"""A real network behind the engine: company, cuts, cached prefixes, preemption and drafts change no bit of the logits.
 
 On the native kernels every row is computed the same way whatever is beside it, so logits are compared bit by bit. The
 reference backend leaves its matrix products to PyTorch, which sums in another order for another number of rows: there
@@ -12,6 +12,7 @@ from models.artifact.execution import RunOptions
 from models.artifact.load import load_artifact
 from service.engine.block_manager import BlockManager
 from service.engine.engine import Engine, EngineObserver
+from service.engine.ngram import Drafter
 from service.engine.request import Request, SamplingParams
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
@@ -51,15 +52,21 @@ class RecordingRunner(Runner):
 
     def run(self, scheduled):
         result = super().run(scheduled)
-        requests = [item.request for item in scheduled if item.gets_token]
-        for row, request in enumerate(requests):
-            self.logits.setdefault(request.request_id, []).append(result.logits[row].clone())
+        row = 0
+        for item in scheduled:
+            if item.gets_token:
+                rows = result.logits[row : row + 1 + len(item.draft)].clone()
+                self.logits.setdefault(item.request.request_id, []).append((item.request.num_output_tokens, rows))
+                row += len(rows)
         return result
 
 
 class Recorder(EngineObserver):
     def __init__(self):
-        self.num_cached, self.num_preempted = 0, 0
+        self.num_cached, self.num_preempted, self.num_accepted = 0, 0, 0
+
+    def draft_checked(self, num_tokens, num_accepted):
+        self.num_accepted += num_accepted
 
     def request_started(self, request):
         self.num_cached += request.num_cached_tokens
@@ -68,11 +75,12 @@ class Recorder(EngineObserver):
         self.num_preempted += 1
 
 
-def run(loaded, prompts, num_blocks=40, max_num_seqs=8, budget=512, has_prefix_cache=True, rounds=1):
+def run(loaded, prompts, num_blocks=40, max_num_seqs=8, budget=512, has_prefix_cache=True, rounds=1, num_drafted=0):
     """((tokens, logits (num_tokens, vocab_size)) of every prompt of the last round, what was observed)."""
     recorder = Recorder()
     runner = RecordingRunner(loaded.model, loaded.model.new_cache(num_blocks))
-    scheduler = Scheduler(BlockManager(num_blocks, has_prefix_cache=has_prefix_cache), max_num_seqs, budget)
+    blocks = BlockManager(num_blocks, has_prefix_cache=has_prefix_cache)
+    scheduler = Scheduler(blocks, max_num_seqs, budget, Drafter(num_drafted, 3) if num_drafted else None)
     engine = Engine(runner, scheduler, loaded.tokenizer, recorder)
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     for number in range(rounds):
@@ -81,8 +89,16 @@ def run(loaded, prompts, num_blocks=40, max_num_seqs=8, budget=512, has_prefix_c
             engine.add(request)
         while engine.has_work:
             engine.step()
-    outputs = [(request.output_token_ids, torch.stack(runner.logits[request.request_id])) for request in requests]
-    return outputs, recorder
+    return [(request.output_token_ids, rows_used(request, runner)) for request in requests], recorder
+
+
+def rows_used(request, runner):
+    """The logits that each of a request's tokens was sampled from: those of wrong drafts are left out."""
+    logits = torch.empty(NUM_TOKENS, VOCAB_SIZE)
+    for start, rows in runner.logits[request.request_id]:
+        end = min(start + len(rows), NUM_TOKENS)
+        logits[start:end] = rows[: end - start]  # what the next step begins with goes over what was wrong
+    return logits
 
 
 def assert_same(loaded, outputs, alone):
@@ -115,3 +131,10 @@ def test_preemption_changes_nothing(loaded, alone, has_prefix_cache):
     outputs, recorder = run(loaded, PROMPTS, num_blocks=8, budget=40, has_prefix_cache=has_prefix_cache)
     assert_same(loaded, outputs, alone)
     assert recorder.num_preempted > 0
+
+
+@pytest.mark.parametrize("num_blocks", [8, 40])
+def test_drafts_change_nothing(loaded, alone, num_blocks):
+    outputs, recorder = run(loaded, PROMPTS, num_blocks=num_blocks, budget=40, num_drafted=4)
+    assert_same(loaded, outputs, alone)
+    assert recorder.num_accepted > 0
