@@ -23,15 +23,18 @@ from .engine.async_engine import AsyncEngine
 from .engine.block_manager import BlockManager
 from .engine.capacity import CacheLimits, CachePlan, plan_cache, step_tokens
 from .engine.engine import Engine
+from .engine.ngram import Drafter
 from .engine.rank_policy import RankPolicy
 from .engine.runner import Runner
 from .engine.scheduler import Scheduler
 from .errors import install_handlers
+from .grammar import GrammarCompiler
 from .memory import available_bytes
 from .metrics import WEIGHT_COMPONENTS, Metrics
 from .middleware import ApiKeyMiddleware, ErrorBoundaryMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
 from .model_info import ModelInfo
 from .settings import Settings
+from .token_speller import TokenSpeller
 
 logger = logging.getLogger("qerve.server")
 
@@ -68,9 +71,12 @@ def create_app(loaded: LoadedModel, settings: Settings) -> FastAPI:
 
     app = FastAPI(title="qerve", version=qerve_version(), lifespan=lifespan)
     max_prompt_chars = plan.max_model_len * loaded.tokenizer.max_token_chars
+    tokenizer = loaded.tokenizer
+    grammars = GrammarCompiler(tokenizer.to_json, tokenizer.eos_token_ids, model.config.vocab_size)
+    speller = TokenSpeller(tokenizer)
     ranks = _rank_policy(info, settings)
     metrics.add_value("elastic_rank", "Rank that new requests get", lambda: ranks.rank_at(engine.num_waiting))
-    app.state.context = Context(settings, loaded, info, engine, metrics, max_prompt_chars, ranks)
+    app.state.context = Context(settings, loaded, info, engine, metrics, max_prompt_chars, grammars, speller, ranks)
     for module in (completions, chat, perplexity, system):
         app.include_router(module.router)
     install_handlers(app)
@@ -92,7 +98,9 @@ def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: M
     kv_cache = model.new_cache(plan.num_blocks)
     blocks = BlockManager(plan.num_blocks, has_prefix_cache=settings.prefix_caching)
     budget = step_tokens(model.device.type, settings.max_num_seqs, settings.max_num_batched_tokens)
-    scheduler = Scheduler(blocks, settings.max_num_seqs, budget)
+    num_drafted = settings.speculative_tokens
+    drafter = Drafter(num_drafted, settings.ngram_max) if num_drafted else None
+    scheduler = Scheduler(blocks, settings.max_num_seqs, budget, drafter)
     engine = Engine(Runner(model, kv_cache), scheduler, loaded.tokenizer, metrics)
     block_bytes = kv_cache.nbytes / plan.num_blocks
     numbers_of_blocks: dict[str, Callable[[], int]] = {

@@ -56,6 +56,13 @@ def serve(  # noqa: PLR0917 typer makes an option of each
             help="Reuse keys and values of prompts that begin alike. [default: on]",
         ),
     ] = None,
+    speculative_tokens: Annotated[
+        int | None,
+        typer.Option(help="Guessed tokens that a step checks beside each sequence's next. [default: 0, none]"),
+    ] = None,
+    ngram_max: Annotated[
+        int | None, typer.Option(help="Last tokens that are looked up together for a guess, at most. [default: 3]")
+    ] = None,
     max_queue: Annotated[int | None, typer.Option(help="Sequences that may wait. [default: 64]")] = None,
     shed_rank_queue: Annotated[
         int | None, typer.Option(help="From so many waiting requests on, new ones get less rank. [default: never]")

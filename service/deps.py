@@ -16,9 +16,11 @@ from models.artifact.load import LoadedModel
 from .engine.async_engine import AsyncEngine
 from .engine.rank_policy import RankPolicy
 from .errors import ApiError, bad_request, quote
+from .grammar import GrammarCompiler
 from .metrics import Metrics
 from .model_info import ModelInfo
 from .settings import Settings
+from .token_speller import TokenSpeller
 
 logger = logging.getLogger("qerve.http")
 
@@ -33,7 +35,7 @@ class Context:
     """The parts of one application.
 
     max_prompt_chars: a longer prompt cannot fit the context, whatever its tokens are
-    ranks: how much of the corrections requests get that leave it open
+    ranks:            how much of the corrections requests get that leave it open
     """
 
     settings: Settings
@@ -42,6 +44,8 @@ class Context:
     engine: AsyncEngine
     metrics: Metrics
     max_prompt_chars: int
+    grammars: GrammarCompiler
+    speller: TokenSpeller
     ranks: RankPolicy
 
     def check_model(self, name: str | None) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Annotated, Any
 
@@ -15,9 +15,11 @@ from models.errors import QerveError
 from ..deps import Context, ContextDep, json_body
 from ..errors import ApiError, bad_request, internal_error
 from .generation import Call, Choice, admit, max_tokens_for, start, stream, tokenize, unless_disconnected
-from .rank import check_rank, rank_in_engine, rank_of, with_rank
-from .schemas import ChatBody
+from .rank import check_rank, with_rank
+from .sampling import sampling_of
+from .schemas import ChatBody, ChatMessage
 from .sse import DONE, encode_event
+from .token_logprobs import chat_logprobs
 
 router = APIRouter()
 
@@ -33,31 +35,57 @@ async def chat_completions(
     with ExitStack() as stack:
         generation = admit(context, body.n or 1)
         stack.callback(generation.close)
-        prompt = await asyncio.to_thread(_render, context, body)
+        prompt = await asyncio.to_thread(_prompt, context, body)
         # The template writes the special tokens itself.
-        rows = await tokenize(context, [prompt], "messages", add_special_tokens=False)
+        is_marked = bool(body.add_special_tokens)
+        rows = await tokenize(context, [prompt], "messages", is_marked, body.truncate_prompt_tokens)
         limit = max_tokens_for(context, len(rows[0]), body.requested_tokens, None)
+        sampling = await sampling_of(context, body)
         context.metrics.request_accepted(body.n or 1)
-        rank = rank_of(context, body.rank, body.n or 1)
-        call_id = f"chatcmpl-{uuid.uuid4().hex}"
-        call = Call(call_id, int(time.time()), len(rows[0]), generation, rank_in_engine(context, rank))
-        start(call, body, rows, [limit])
+        call = Call(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), len(rows[0]), generation)
+        start(context, call, body, sampling, rows=rows, max_tokens=[limit])
         if body.stream:
-            return with_rank(stream(context, _events(context, body, call), stack.pop_all().close), rank)
+            return with_rank(stream(context, _events(context, body, call), stack.pop_all().close), call.rank)
         choices = await unless_disconnected(request, context, call.finish())
-        answer = _object(context, call, "chat.completion", [_message(choice) for choice in choices])
-        return with_rank(JSONResponse({**answer, "usage": call.usage}), rank)
+        answer = _object(context, call, "chat.completion", [_message(context, body, choice) for choice in choices])
+        if body.return_token_ids:
+            answer["prompt_token_ids"] = rows[0]
+        return with_rank(JSONResponse({**answer, "usage": call.usage}), call.rank)
 
 
-def _render(context: Context, body: ChatBody) -> str:
-    """The conversation as the model's chat template writes it; ``developer`` is OpenAI's newer name of ``system``."""
+def _prompt(context: Context, body: ChatBody) -> str:
+    """The text that the model continues."""
+    if not body.continue_final_message:
+        begins_message = body.add_generation_prompt is not False
+        return render(context, body.messages, begins_message, body.chat_template_kwargs)
+    prompt = render(context, body.messages, False, body.chat_template_kwargs)
+    last = body.messages[-1].content.strip()
+    place = prompt.rfind(last)
+    if place < 0:
+        raise bad_request("continue_final_message: the chat template changes the last message.", "messages")
+    return prompt[: place + len(last)]
+
+
+def render(
+    context: Context,
+    messages: Sequence[ChatMessage],
+    add_generation_prompt: bool = True,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
+    """The conversation as the model's chat template writes it; ``developer`` is OpenAI's newer name of ``system``.
+
+    variables: further ones for the template
+
+    Raises:
+        ApiError: 400, there is no template or it rejects the messages; 500, it cannot be used.
+    """
     tokenizer = context.loaded.tokenizer
     if not tokenizer.has_chat_template:
         raise bad_request("This model has no chat template: use /v1/completions.")
     roles = {"developer": "system"}
-    messages = [{"role": roles.get(item.role, item.role), "content": item.content} for item in body.messages]
+    conversation = [{"role": roles.get(item.role, item.role), "content": item.content} for item in messages]
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(conversation, add_generation_prompt, variables)
     except ValueError as error:
         raise bad_request(f"messages: {error}.", "messages") from None
     except QerveError as error:
@@ -65,17 +93,18 @@ def _render(context: Context, body: ChatBody) -> str:
 
 
 async def _events(context: Context, body: ChatBody, call: Call) -> AsyncIterator[str]:
-    usage: dict[str, Any] = {"usage": None} if body.include_usage else {}
-
     def event(choices: list[dict[str, Any]]) -> str:
-        return encode_event({**_object(context, call, "chat.completion.chunk", choices), **usage})
+        usage = call.usage if body.usage_in_every_event else None
+        chunk = _object(context, call, "chat.completion.chunk", choices)
+        return encode_event({**chunk, **({"usage": usage} if body.include_usage else {})})
 
     try:
         for choice in call.choices.values():
             yield event([_delta(choice, {"role": "assistant", "content": ""})])
         async for choice, output in call.outputs():
-            if output.text:
-                yield event([_delta(choice, {"content": output.text})])
+            if output.text or choice.tokens.has_new or (body.return_token_ids and output.token_ids):
+                delta = _delta(choice, {"content": output.text})
+                yield event([{**delta, **_extras(context, body, choice, output.token_ids)}])
             if output.finish_reason:
                 yield event([{**_delta(choice, {}), "finish_reason": output.finish_reason}])
         if body.include_usage:
@@ -96,13 +125,22 @@ def _object(context: Context, call: Call, kind: str, choices: list[dict[str, Any
     }
 
 
-def _message(choice: Choice) -> dict[str, Any]:
+def _message(context: Context, body: ChatBody, choice: Choice) -> dict[str, Any]:
     return {
         "index": choice.index,
         "message": {"role": "assistant", "content": choice.text, "refusal": None},
-        "logprobs": None,
+        **_extras(context, body, choice, choice.token_ids),
         "finish_reason": choice.finish_reason,
     }
+
+
+def _extras(context: Context, body: ChatBody, choice: Choice, token_ids: Sequence[int]) -> dict[str, Any]:
+    """What is told of the tokens besides their text, those of them that were not told of before."""
+    logprobs = None
+    if body.num_logprobs is not None:
+        as_ids = bool(body.return_tokens_as_token_ids)
+        logprobs = chat_logprobs(context.speller, choice.tokens.take(), as_ids)
+    return {"logprobs": logprobs, **({"token_ids": list(token_ids)} if body.return_token_ids else {})}
 
 
 def _delta(choice: Choice, delta: dict[str, str]) -> dict[str, Any]:

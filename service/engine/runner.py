@@ -40,8 +40,8 @@ class ServedModel(Protocol):
 class StepResult(NamedTuple):
     """What a forward pass gives.
 
-    logits:        (n, vocab_size) float32 for the next token of the n requests that get one; None where none does. The
-                   next pass may write over them
+    logits:        (n, vocab_size) float32 for the next token of each request that gets one, and for those after each
+                   token of its draft; None where no request gets any. The next pass may write over them
     prompt_scores: of the prompt tokens that follow on those computed, for requests that are scored
     """
 
@@ -83,19 +83,21 @@ class Runner:
         return StepResult(logits, scores)
 
     def _tokens(self, scheduled: Sequence[ScheduledRequest]) -> TokenBatch:
-        """The step, with logits of the last known token of every request that gets its next one."""
+        """The step, with logits of the last known token of every request that gets its next one, and of its draft."""
         tokens = TokenBatch([], [], [])
         if not self._kv_cache.has_block_tables:
             self._slots = {item.request: self._slots_of(item.request) for item in scheduled}
-        for request, num_new, gets_token in scheduled:
+        for request, num_new, gets_token, draft in scheduled:
             computed = request.num_computed_tokens
             context_len = computed + num_new
             slots = self._slots[request].slots[:context_len] if self._slots else None
             start, table = len(tokens.token_ids), request.block_table
             tokens.spans.append(SequenceSpan(start, num_new, context_len, slots, table, request.rank))
             tokens.token_ids.extend(request.tokens_between(computed, context_len))
+            tokens.token_ids.extend(draft)
             if gets_token:
-                tokens.logit_rows.append(len(tokens.token_ids) - 1)
+                num_rows = len(tokens.token_ids)
+                tokens.logit_rows.extend(range(num_rows - 1 - len(draft), num_rows))
         return tokens
 
     def _slots_of(self, request: Request) -> "_Slots":

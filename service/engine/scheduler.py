@@ -14,11 +14,13 @@ the whole cache is enough for any one request, and everybody ends.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from itertools import islice
 from typing import NamedTuple
 
 from .block_keys import keys_of
 from .block_manager import BlockManager
+from .ngram import Drafter
 from .request import FinishReason, Request
 
 
@@ -26,11 +28,13 @@ class ScheduledRequest(NamedTuple):
     """``num_tokens`` tokens of ``request``, from its first uncomputed one on, are computed in this step.
 
     gets_token: they are all that is known of it, so that the step gives its next token, and it wants one
+    draft:      tokens that may follow; they are among the ``num_tokens``, at their end
     """
 
     request: Request
     num_tokens: int
     gets_token: bool
+    draft: Sequence[int] = ()
 
 
 class Scheduler:
@@ -39,10 +43,13 @@ class Scheduler:
     max_num_seqs:           requests that run at the same time
     max_num_batched_tokens: tokens of one step; a block of a prompt fits beside the decodes if it is that much larger
                             than max_num_seqs, else prompts may have to wait for decodes to end
+    drafter:                guesses at what decodes may get next, computed along with them; None: none are made
     preempted:              requests that the last ``schedule`` took out of the running set
     """
 
-    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int, drafter: Drafter | None = None
+    ) -> None:
         if max_num_batched_tokens < blocks.block_size:
             raise ValueError(
                 f"max_num_batched_tokens {max_num_batched_tokens} is less than a block of {blocks.block_size} tokens"
@@ -50,6 +57,7 @@ class Scheduler:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.drafter = drafter
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.preempted: list[Request] = []
@@ -77,8 +85,8 @@ class Scheduler:
     def schedule(self) -> list[ScheduledRequest]:
         """The next step: decodes, then prompts; those that join are moved to ``running`` with blocks for all of it."""
         self.preempted = []
-        step = [ScheduledRequest(request, 1, request.wants_tokens) for request in self._decoding()]
-        budget = self.max_num_batched_tokens - len(step)
+        step = self._decodes()
+        budget = self.max_num_batched_tokens - sum(item.num_tokens for item in step)
         being_computed: set[bytes] = set()
         for request in self._prompts():
             if not (request.block_table or self._has_started(request, budget, being_computed)):
@@ -117,13 +125,31 @@ class Scheduler:
             self.running.remove(request)
         else:
             self.waiting.remove(request)
+        if self.drafter is not None:
+            self.drafter.forget(request)
         if reason is FinishReason.ERROR:
             self.blocks.forget(request.block_table)
         self._release(request)
 
-    def _decoding(self) -> list[Request]:
-        """Running requests that decode, each with a block for its newest token."""
-        return [request for request in list(self.running) if request.is_decoding and self._has_room(request)]
+    def _decodes(self) -> list[ScheduledRequest]:
+        """The next token of each request that decodes, which has a block for it, and drafts of those after that."""
+        decoding = [request for request in list(self.running) if request.is_decoding and self._has_room(request)]
+        # Drafts leave room for a block of a prompt.
+        room = self.max_num_batched_tokens - self.blocks.block_size - len(decoding)
+        step = []
+        for request in decoding:
+            draft = self._draft(request, room)
+            room -= len(draft)
+            step.append(ScheduledRequest(request, 1 + len(draft), request.wants_tokens, draft))
+        return step
+
+    def _draft(self, request: Request, room: int) -> Sequence[int]:
+        """Tokens that may follow, at most ``room`` and as many as there are blocks for without taking anybody's."""
+        draft = () if self.drafter is None else self.drafter.draft(request, room)
+        num_missing = self.blocks.num_blocks_for(request.num_tokens + len(draft)) - len(request.block_table)
+        if num_missing > 0 and self.blocks.can_allocate(num_missing + len(self.running)):
+            request.block_table += self.blocks.allocate(num_missing)
+        return draft[: len(request.block_table) * self.blocks.block_size - request.num_tokens]
 
     def _has_room(self, request: Request) -> bool:
         """``request`` has a block for its newest token, if need be one of a later request's; False: it is preempted."""

@@ -8,6 +8,7 @@ the tokens are compared, and logits to rounding.
 import pytest
 import torch
 
+from models.artifact.execution import RunOptions
 from models.artifact.load import load_artifact
 from service.engine.block_manager import BlockManager
 from service.engine.engine import Engine, EngineObserver
@@ -22,12 +23,17 @@ PROMPTS = [[*BEGINNING, 7 * n, 3] for n in range(3)] + [[5, 9, 11], BEGINNING[:3
 NUM_TOKENS = 20
 
 
-@pytest.fixture(scope="module", params=["auto", "reference"])
+RUNS = [("auto", "fp16"), ("auto", "int8"), ("reference", "auto"), ("reference", "fp16"), ("reference", "int8")]
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=" ".join)
 def loaded(tmp_path_factory, request):
     directory = tmp_path_factory.mktemp("artifacts") / "tiny"
     model = tiny_model(vocab_size=VOCAB_SIZE, max_position_embeddings=128)
     write_artifact(directory, model, tokenizer_files=tokenizer_files())
-    return load_artifact(directory, dtype=torch.float32, backend=request.param)
+    backend, kv_cache_dtype = request.param
+    options = RunOptions(backend, kv_cache_dtype=kv_cache_dtype)
+    return load_artifact(directory, dtype=torch.float32, options=options)
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,11 @@ block table, slot or position changes the text.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import tokenizers
 import torch
 from torch import Tensor, nn
 
@@ -67,6 +68,10 @@ class FakeModel(nn.Module):
         self.faults = faults or Faults()
         self.batch_sizes: list[int] = []
 
+    def state(self, token_ids: Sequence[int]) -> int:
+        """What decides the token that follows on ``token_ids``."""
+        return state_of(token_ids)
+
     cache_block_bytes = PagedKVCache.bytes_per_block(fake_config())
 
     def new_cache(self, num_blocks: int) -> PagedKVCache:
@@ -88,7 +93,7 @@ class FakeModel(nn.Module):
             first = span.context_len - span.num_tokens
             assert batch.positions[span.start].item() == first
             rows = range(first, first + span.num_tokens)
-            hidden += [ranked(state_of(tokens[: row + 1].tolist()), span.rank) for row in rows]
+            hidden += [ranked(self.state(tokens[: row + 1].tolist()), span.rank) for row in rows]
         return torch.tensor(hidden, dtype=torch.float32)[:, None]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -105,13 +110,31 @@ class FakeModel(nn.Module):
 
     def next_token(self, token_ids: Sequence[int], rank: int | None = None) -> int:
         """The greedy choice after ``token_ids``, without batch or cache."""
-        return int(self.logits(torch.tensor([[float(ranked(state_of(token_ids), rank))]]))[0].argmax())
+        return int(self.logits(torch.tensor([[float(ranked(self.state(token_ids), rank))]]))[0].argmax())
 
     def continue_greedily(self, prompt: Sequence[int], num_tokens: int, rank: int | None = None) -> list[int]:
         tokens = list(prompt)
         for _ in range(num_tokens):
             tokens.append(self.next_token(tokens, rank))
         return tokens[len(prompt) :]
+
+
+class RepetitiveModel(FakeModel):
+    """Mostly goes by the last token, and so in circles, from which any token before may lead out."""
+
+    def state(self, token_ids: Sequence[int]) -> int:
+        whole = state_of(token_ids)
+        return whole if whole % 9 == 0 else state_of(token_ids[-1:])
+
+
+class RandomModel(FakeModel):
+    """Any byte or control token may come next: logits are random, and depend on the tokens so far."""
+
+    spread = 2.0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        rows = [torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(int(row))) for row in hidden[:, 0]]
+        return torch.stack(rows) * self.spread
 
 
 class BrokenModel(FakeModel):
@@ -152,17 +175,50 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return bytes(token for token in ids if token < EOS).decode("utf-8", errors="replace")
 
-    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        if messages[-1]["role"] != "user":
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < EOS else b""
+
+    def to_json(self) -> str:
+        """The same tokenizer, as the library has it."""
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=byte_vocabulary(), merges=[]))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        backend.add_special_tokens(["<end>", "<begin>"])
+        return backend.to_str()
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        if messages[-1]["role"] != "user" and add_generation_prompt:
             raise ValueError("the chat template rejects these messages: the last one must be the user's")
-        return "".join(f"{item['role']}: {item['content']}\n" for item in messages) + "assistant:"
+        prefix = (variables or {}).get("prefix", "")
+        text = "".join(f"{item['role']}: {item['content']}\n" for item in messages)
+        return f"{prefix}{text}assistant:" if add_generation_prompt else prefix + text
+
+
+def byte_vocabulary() -> dict[str, int]:
+    """Byte-level BPE's character of every byte -> the byte."""
+    characters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    encoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # What a character of two bytes is turned into tells both bytes' characters; the others follow in order.
+    spelled = {}
+    for code in range(0x800):
+        text = chr(code)
+        pieces = "".join(piece for piece, _ in encoder.pre_tokenize_str(text))
+        spelled.update(zip(pieces, text.encode(), strict=True))
+    rest = [character for character in characters if character not in spelled]
+    spelled.update(zip(rest, sorted(set(range(256)) - set(spelled.values())), strict=True))
+    return spelled
 
 
 @dataclass
 class FakeParts:
     """What a loaded fake model is made of; a test changes what it is about.
 
-    rank: of the correction that its manifest tells of
+    rank, method: of the correction that its manifest tells of
     """
 
     model: FakeModel = field(default_factory=FakeModel)

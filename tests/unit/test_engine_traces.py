@@ -13,14 +13,16 @@ from models.llama.kv_cache import PagedKVCache
 from service.engine.block_keys import block_key, root_key
 from service.engine.block_manager import BLOCK_SIZE, BlockManager
 from service.engine.engine import Engine, EngineObserver
+from service.engine.ngram import Drafter
 from service.engine.request import FinishReason, Request, SamplingParams
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
-from tests.support.fake_model import ByteTokenizer, FakeModel
+from tests.support.fake_model import ByteTokenizer, RepetitiveModel
 
 TOKENIZER = ByteTokenizer()
 BEGINNINGS = ["", "b" * 16, "The same words before every question. ", "The same words before every answer, "]
 NUM_BLOCKS = 8
+MAX_DRAFT = 6
 CALLS = st.fixed_dictionaries(
     {
         "prompt": st.builds(str.__add__, st.sampled_from(BEGINNINGS), st.text("ab ", min_size=1, max_size=40)),
@@ -38,6 +40,12 @@ class Recorder(EngineObserver):
 
     def __init__(self):
         self.num_computed, self.num_cached, self.num_preempted, self.started = 0, 0, 0, []
+        self.num_drafted, self.num_accepted = 0, 0
+
+    def draft_checked(self, num_tokens, num_accepted):
+        assert 0 <= num_accepted <= num_tokens <= MAX_DRAFT
+        self.num_drafted += num_tokens
+        self.num_accepted += num_accepted
 
     def step_ran(self, num_tokens):
         self.num_computed += num_tokens
@@ -50,10 +58,10 @@ class Recorder(EngineObserver):
         self.num_preempted += 1
 
 
-def make_engine(num_blocks, max_num_seqs=4, budget=512, has_prefix_cache=True, observer=None):
-    model = FakeModel()
+def make_engine(num_blocks, max_num_seqs=4, budget=512, has_prefix_cache=True, observer=None, num_drafted=0):
+    model = RepetitiveModel()
     blocks = BlockManager(num_blocks, has_prefix_cache=has_prefix_cache)
-    scheduler = Scheduler(blocks, max_num_seqs, budget)
+    scheduler = Scheduler(blocks, max_num_seqs, budget, Drafter(num_drafted, 3) if num_drafted else None)
     return Engine(Runner(model, PagedKVCache(model.config, num_blocks)), scheduler, TOKENIZER, observer or Recorder())
 
 
@@ -82,7 +90,7 @@ def check_blocks(scheduler):
     texts = {}
     for request in requests:
         assert len(set(request.block_table)) == len(request.block_table)
-        assert (len(request.block_table) - 1) * BLOCK_SIZE < request.num_tokens
+        assert (len(request.block_table) - 1) * BLOCK_SIZE < request.num_tokens + MAX_DRAFT
         key = root_key(request.cache_salt)
         for index, block in enumerate(request.block_table):
             end = (index + 1) * BLOCK_SIZE
@@ -108,7 +116,7 @@ def check_order(scheduler, arrival, step):
             assert any(item.request is request for item in step)
     chunks = [item for item in step if not item.gets_token]
     assert chunks == step[len(step) - len(chunks) :] and len(chunks) <= 1
-    for request, num_tokens, _ in chunks:
+    for request, num_tokens, *_ in chunks:
         assert num_tokens > 0 and (request.num_computed_tokens + num_tokens) % BLOCK_SIZE == 0
 
 
@@ -164,12 +172,13 @@ class Trace:
     st.integers(1, 6),
     st.integers(22, 90),
     st.booleans(),
+    st.integers(0, MAX_DRAFT),
 )
 def test_whoever_shares_crowds_or_leaves_each_request_gets_the_text_it_gets_alone(
-    calls, num_blocks, max_num_seqs, budget, has_prefix_cache
+    calls, num_blocks, max_num_seqs, budget, has_prefix_cache, num_drafted
 ):
     observer = Recorder()
-    engine = make_engine(num_blocks, max_num_seqs, budget, has_prefix_cache, observer)
+    engine = make_engine(num_blocks, max_num_seqs, budget, has_prefix_cache, observer, num_drafted)
     trace = Trace(engine)
     trace.run(calls)
     for index, call in enumerate(calls):
@@ -184,9 +193,10 @@ def test_whoever_shares_crowds_or_leaves_each_request_gets_the_text_it_gets_alon
     if not has_prefix_cache:
         assert observer.num_cached == blocks.num_cached_blocks == 0
     if not any(trace.reasons[name] is FinishReason.ABORT for name in trace.reasons) and not observer.num_preempted:
+        num_rejected = observer.num_drafted - observer.num_accepted
         # Every token is computed once or found: prompts, and all that is generated but the last token of each.
         num_known = sum(len(call["prompt"]) + call["max_tokens"] - 1 for call in calls)
-        assert observer.num_computed + observer.num_cached == num_known
+        assert observer.num_computed + observer.num_cached == num_known + num_rejected
 
 
 def call_of(prompt, max_tokens=40, seed=None):
