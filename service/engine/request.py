@@ -173,7 +173,7 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Tokens known so far."""
-        return self.num_prompt_tokens + self.num_output_tokens
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
     def num_reserved_tokens(self) -> int:
