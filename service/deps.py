@@ -35,7 +35,7 @@ class Context:
     """The parts of one application.
 
     max_prompt_chars: a longer prompt cannot fit the context, whatever its tokens are
-    ranks: how much of the corrections requests get that leave it open
+    ranks:            how much of the corrections requests get that leave it open
     """
 
     settings: Settings

@@ -15,7 +15,7 @@ from models.errors import QerveError
 from ..deps import Context, ContextDep, json_body
 from ..errors import ApiError, bad_request, internal_error
 from .generation import Call, Choice, admit, max_tokens_for, start, stream, tokenize, unless_disconnected
-from .rank import check_rank, rank_in_engine, rank_of, with_rank
+from .rank import check_rank, with_rank
 from .sampling import sampling_of
 from .schemas import ChatBody, ChatMessage
 from .sse import DONE, encode_event
@@ -42,17 +42,15 @@ async def chat_completions(
         limit = max_tokens_for(context, len(rows[0]), body.requested_tokens, None)
         sampling = await sampling_of(context, body)
         context.metrics.request_accepted(body.n or 1)
-        rank = rank_of(context, body.rank, body.n or 1)
-        call_id = f"chatcmpl-{uuid.uuid4().hex}"
-        call = Call(call_id, int(time.time()), len(rows[0]), generation, rank_in_engine(context, rank))
+        call = Call(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), len(rows[0]), generation)
         start(context, call, body, sampling, rows=rows, max_tokens=[limit])
         if body.stream:
-            return with_rank(stream(context, _events(context, body, call), stack.pop_all().close), rank)
+            return with_rank(stream(context, _events(context, body, call), stack.pop_all().close), call.rank)
         choices = await unless_disconnected(request, context, call.finish())
         answer = _object(context, call, "chat.completion", [_message(context, body, choice) for choice in choices])
         if body.return_token_ids:
             answer["prompt_token_ids"] = rows[0]
-        return with_rank(JSONResponse({**answer, "usage": call.usage}), rank)
+        return with_rank(JSONResponse({**answer, "usage": call.usage}), call.rank)
 
 
 def _prompt(context: Context, body: ChatBody) -> str:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from ..deps import Context, ContextDep, json_body
 from ..errors import ApiError
 from .generation import Call, Choice, admit, max_tokens_for, start, stream, tokenize, unless_disconnected
-from .rank import check_rank, rank_in_engine, rank_of, with_rank
+from .rank import check_rank, with_rank
 from .sampling import sampling_of
 from .schemas import CompletionBody
 from .sse import DONE, encode_event
@@ -40,18 +40,16 @@ async def completions(
         limits = [max_tokens_for(context, len(row), body.max_tokens, DEFAULT_MAX_TOKENS) for row in rows]
         sampling = await sampling_of(context, body)
         context.metrics.request_accepted(body.n or 1)
-        rank = rank_of(context, body.rank, len(rows) * (body.n or 1))
-        call_id = f"cmpl-{uuid.uuid4().hex}"
-        call = Call(call_id, int(time.time()), sum(map(len, rows)), generation, rank_in_engine(context, rank))
+        call = Call(f"cmpl-{uuid.uuid4().hex}", int(time.time()), sum(map(len, rows)), generation)
         start(context, call, body, sampling, rows=rows, max_tokens=limits, echoes=_echoes(context, body, rows))
         if body.stream:
-            return with_rank(stream(context, _events(context, body, call), stack.pop_all().close), rank)
+            return with_rank(stream(context, _events(context, body, call), stack.pop_all().close), call.rank)
         choices = await unless_disconnected(request, context, call.finish())
         texts = [_choice(context, body, choice, choice.echo + choice.text, choice.token_ids) for choice in choices]
         if body.return_token_ids:
             for text in texts:
                 text["prompt_token_ids"] = rows[text["index"] // (body.n or 1)]
-        return with_rank(JSONResponse({**_object(context, call, texts), "usage": call.usage}), rank)
+        return with_rank(JSONResponse({**_object(context, call, texts), "usage": call.usage}), call.rank)
 
 
 def _echoes(context: Context, body: CompletionBody, rows: list[list[int]]) -> list[str | None]:

@@ -13,6 +13,7 @@ from ..engine.async_engine import DrainingError, Generation, QueueFullError
 from ..engine.engine import RequestOutput
 from ..engine.request import FinishReason, Request, SamplingParams
 from ..errors import ApiError, bad_request, internal_error
+from .rank import rank_in_engine, rank_of
 from .schemas import GenerationBody, Prompt
 from .sse import EventStream
 from .token_logprobs import ChoiceTokens
@@ -46,7 +47,7 @@ class Choice:
 class Call:
     """One generation call in progress.
 
-    rank:    of the corrections, for all of its sequences; None: all of it
+    rank:    of the corrections, for all of its sequences
     choices: by the engine's request id
     """
 
@@ -54,7 +55,7 @@ class Call:
     created: int
     num_prompt_tokens: int
     generation: Generation
-    rank: int | None = None
+    rank: int = 0
     choices: dict[str, Choice] = field(default_factory=dict)
 
     @property
@@ -187,13 +188,16 @@ def start(
     sampling: of all of them; with a seed, every choice of a prompt gets a seed of its own
     echoes:   text to show before the output of each prompt, if any
     """
-    requests = []
+    call.rank = rank_of(
+        context, body.rank, len(rows) * (body.n or 1), is_scored=sampling.num_prompt_logprobs is not None
+    )
+    requests, rank = [], rank_in_engine(context, call.rank)
     for row, limit, echo in zip(rows, max_tokens, echoes or [None] * len(rows), strict=True):
         for choice in range(body.n or 1):
             request_id = uuid.uuid4().hex
             seed = None if sampling.seed is None else sampling.seed + choice
             params = replace(sampling, max_tokens=limit, seed=seed)
-            request = Request(request_id, row, params, call.generation.arrival_seconds, rank=call.rank)
+            request = Request(request_id, row, params, call.generation.arrival_seconds, rank=rank)
             tokens = ChoiceTokens(context.speller, request, echo is not None)
             call.choices[request_id] = Choice(len(call.choices), tokens, choice == 0, echo or "")
             requests.append(request)

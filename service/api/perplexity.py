@@ -21,7 +21,7 @@ from ..engine.request import FinishReason, SamplingParams
 from ..engine.request import Request as EngineRequest
 from ..errors import bad_request, internal_error
 from .generation import admit, check_token_ids, unless_disconnected
-from .rank import check_rank, rank_in_engine, with_rank
+from .rank import check_rank, rank_in_engine, rank_of, with_rank
 from .schemas import PerplexityBody
 
 DEFAULT_WINDOW = 1024
@@ -48,8 +48,7 @@ async def perplexity(
         stack.callback(call.close)
         tokens = await _tokens(context, body)
         windows = _plan(context, body, len(tokens))
-        # A measurement gets what it asks for, whoever waits.
-        rank = context.ranks.full if body.rank is None else body.rank
+        rank = rank_of(context, body.rank, 1, is_scored=True)
         score = _score(context, call, tokens, windows, rank_in_engine(context, rank))
         result = await unless_disconnected(request, context, score)
     return with_rank(JSONResponse(_answer(context, body, result)), rank)

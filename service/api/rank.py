@@ -19,10 +19,15 @@ def check_rank(context: Context, requested: int | None) -> None:
         raise bad_request(f"rank {requested} is more than there is. This model has {what}.", "rank")
 
 
-def rank_of(context: Context, requested: int | None, num_sequences: int) -> int:
-    """The rank of a call's ``num_sequences``, which have seats already: what it asks for, or the policy's."""
+def rank_of(context: Context, requested: int | None, num_sequences: int, *, is_scored: bool = False) -> int:
+    """The rank of a call's ``num_sequences``, which have seats already: what it asks for, or the policy's.
+
+    is_scored: the prompt gets log-probabilities: a measurement, which is made with all of the model whoever waits
+    """
     if requested is not None:
         return requested
+    if is_scored:
+        return context.ranks.full
     rank = context.ranks.give(max(0, context.engine.num_waiting - num_sequences))
     if rank < context.ranks.full:
         context.metrics.rank_shed(num_sequences)

@@ -98,9 +98,9 @@ PromptsField = Annotated[
 TokenIdsField = Annotated[list[int], PlainValidator(_parse_token_ids, json_schema_input_type=list[int])]
 StopField = Annotated[tuple[str, ...], PlainValidator(_parse_stop, json_schema_input_type=str | list[str] | None)]
 ContentField = Annotated[str, PlainValidator(_parse_content, json_schema_input_type=str | list[dict[str, str]])]
-RankField = Annotated[int | None, Field(ge=0, le=MAX_INT32)]
-"""Components of the low-rank corrections to use; none: all of them, or what the server's policy gives."""
 ModelName = Annotated[str, Field(max_length=256)]
+RankField = Annotated[int | None, Field(ge=0, le=MAX_INT32)]
+"""Components of the corrections to use; None: all of them, or what the server gives under pressure."""
 
 
 class Body(BaseModel):
@@ -133,8 +133,8 @@ class GenerationBody(Body, SamplingFields, StructuredFields):
     stream_options: StreamOptions | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
-    rank: RankField = None
     stop: StopField = ()
+    rank: RankField = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
 

@@ -155,9 +155,11 @@ def test_a_shed_rank_is_what_the_text_is_made_with() -> None:
         assert response.json()["choices"][0]["text"] == expected_text(8)
 
 
-def test_a_perplexity_is_never_measured_with_less_than_it_says() -> None:
+def test_what_measures_the_model_is_never_shed() -> None:
     with crowded_server(shed_rank_queue=1) as live:
         assert live.post("/v1/perplexity", json={"text": PROMPT}).headers["x-qerve-rank"] == str(RANK)
+        scored = greedy(live, max_tokens=1, echo=True, logprobs=1)
+        assert scored.headers["x-qerve-rank"] == str(RANK)
         assert live.metric("qerve_rank_shed_requests_total") == 0
 
 

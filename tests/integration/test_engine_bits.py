@@ -75,7 +75,7 @@ class Recorder(EngineObserver):
         self.num_preempted += 1
 
 
-def run(loaded, prompts, num_blocks=40, max_num_seqs=8, budget=512, has_prefix_cache=True, rounds=1, num_drafted=0):
+def run(loaded, prompts, num_blocks=40, max_num_seqs=8, budget=512, has_prefix_cache=True, rounds=1, ranks=None):
     """((tokens, logits (num_tokens, vocab_size)) of every prompt of the last round, what was observed)."""
     recorder = Recorder()
     runner = RecordingRunner(loaded.model, loaded.model.new_cache(num_blocks))
@@ -85,6 +85,8 @@ def run(loaded, prompts, num_blocks=40, max_num_seqs=8, budget=512, has_prefix_c
     params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True)
     for number in range(rounds):
         requests = [Request(f"{number} {index}", list(prompt), params) for index, prompt in enumerate(prompts)]
+        for request, rank in zip(requests, ranks or [None] * len(requests), strict=True):
+            request.rank = rank
         for request in requests:
             engine.add(request)
         while engine.has_work:
@@ -133,8 +135,10 @@ def test_preemption_changes_nothing(loaded, alone, has_prefix_cache):
     assert recorder.num_preempted > 0
 
 
-@pytest.mark.parametrize("num_blocks", [8, 40])
-def test_drafts_change_nothing(loaded, alone, num_blocks):
-    outputs, recorder = run(loaded, PROMPTS, num_blocks=num_blocks, budget=40, num_drafted=4)
+def test_other_ranks_in_the_company_change_nothing(loaded):
+    ranks = [None, 0, 2, 0]
+    alone = [run(loaded, [PROMPTS[0]], has_prefix_cache=False, ranks=[rank])[0][0] for rank in ranks]
+    outputs, recorder = run(loaded, [PROMPTS[0]] * len(ranks), budget=24, rounds=2, ranks=ranks)
     assert_same(loaded, outputs, alone)
-    assert recorder.num_accepted > 0
+    assert recorder.num_cached >= 4 * 32  # of the same rank, in the second round
+    assert len({tuple(map(float, logits[0])) for _, logits in alone}) == 3

@@ -218,13 +218,13 @@ def byte_vocabulary() -> dict[str, int]:
 class FakeParts:
     """What a loaded fake model is made of; a test changes what it is about.
 
-    rank: of the correction that its manifest tells of
+    rank, method: of the correction that its manifest tells of
     """
 
     model: FakeModel = field(default_factory=FakeModel)
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
     rank: int = 0
-    method: str = "none"
+    method: str = "qera-exact"
 
     def loaded(self) -> LoadedModel:
         return LoadedModel(
@@ -258,12 +258,12 @@ def fake_record(rank: int) -> LinearRecord:
     )
 
 
-def fake_manifest(rank: int = 0, method: str = "none") -> Manifest:
+def fake_manifest(rank: int = 0, method: str = "qera-exact") -> Manifest:
     embedding = TensorRecord(file="model.safetensors", dtype="BF16", shape=(4, 2), sha256="0" * 64)
     values: dict[str, Any] = {
         "format": "qerve-1",
         "qerve_version": "0",
-        "build": BuildConfig(reconstruct=ReconstructConfig(method=method, rank=rank)),
+        "build": BuildConfig(reconstruct=ReconstructConfig(method=method)),
         "checkpoint_fingerprint": "0" * 64,
         "calibration_fingerprint": None,
         "linears": {"model.layers.0.mlp.up_proj": fake_record(rank)} if rank else {},
