@@ -2,16 +2,18 @@
 
 A grammar is somebody else's program. It is compiled outside the engine's loop, in a thread of its own, with a limit on
 its size and on the time that a request waits for it; what it may then do per token is limited by numbers of parser
-items and lexer steps, not by a clock, so that a text does not depend on how busy the machine is. A grammar that runs
-into such a limit ends its own request.
+items and lexer steps, and by the processor time of one token. A grammar that runs into such a limit ends its own
+request.
 """
 
 import asyncio
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
@@ -29,6 +31,8 @@ MAX_MULTIPLES = 10_000
 to all of them, and the library does not limit the time that it takes to build one."""
 MAX_ABANDONED = 2
 """Threads that may still compile what nobody waits for any more."""
+MAX_TOKEN_SECONDS = 0.1
+"""Processor time per token of a text, after which its grammar is given up: some hundred times what a usual one takes."""
 MAX_MESSAGE_CHARS = 400
 
 MAX_WHITESPACE = 16
@@ -66,6 +70,7 @@ class MatcherState:
 
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self._matcher = matcher
+        self._is_too_slow = False
 
     @property
     def is_complete(self) -> bool:
@@ -75,18 +80,28 @@ class MatcherState:
     @property
     def problem(self) -> str | None:
         """See ``GrammarState``."""
+        if self._is_too_slow:
+            return "the grammar cannot go on: one token of it takes too long"
         return f"the grammar cannot go on: {_reason(self._matcher)}" if self._matcher.is_error() else None
 
     def allowed(self, num_tokens: int) -> Mask:
         """See ``GrammarState``."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        if self._matcher.is_error():
+        with self._timed():
+            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self.problem is not None:
             return np.zeros(num_tokens, dtype=np.bool_)
         return np.unpackbits(bits, count=num_tokens, bitorder="little").view(np.bool_)
 
     def advance(self, token_id: int) -> None:
         """See ``GrammarState``."""
-        self._matcher.consume_token(token_id)
+        with self._timed():
+            self._matcher.consume_token(token_id)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.thread_time()
+        yield
+        self._is_too_slow |= time.thread_time() - started > MAX_TOKEN_SECONDS
 
 
 class GrammarCompiler:
@@ -164,7 +179,7 @@ class GrammarCompiler:
     def _compile(self, source: GrammarSource) -> Grammar:
         if self._tokenizer is None:
             self._tokenizer = self._new_tokenizer()
-        matcher = llguidance.LLMatcher(self._tokenizer, _definition(source), log_level=0, limits=_limits())
+        matcher = llguidance.LLMatcher(self._tokenizer, _definition(source), log_level=0, limits=_limits(source))
         if not matcher.is_error():
             matcher.compute_bitmask()  # the first mask of a grammar takes the longest
         if matcher.is_error():
@@ -205,27 +220,18 @@ def _definition(source: GrammarSource) -> str:
     )
 
 
-def _limits() -> llguidance.LLParserLimits:
+def _limits(source: GrammarSource) -> llguidance.LLParserLimits:
+    """Less for grammars that may be read in many ways at once, whose work grows with the square of the items."""
+    is_ambiguous = source.kind == "lark"
     return llguidance.LLParserLimits(
-        step_max_items=10_000,  # per token: some 20 ms at worst
+        step_max_items=2_000 if is_ambiguous else 5_000,
+        max_items_in_row=200 if is_ambiguous else 2_000,
         step_lexer_fuel=50_000,
         initial_lexer_fuel=1_000_000,
         max_lexer_states=25_000,  # per request: some 50 MB at worst
         max_grammar_size=100_000,
         verbose_errors=False,
     )
-
-
-def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    """Every object in ``value``, without recursion."""
-    values = [value]
-    while values:
-        item = values.pop()
-        if isinstance(item, dict):
-            yield item
-            values += item.values()
-        elif isinstance(item, list):
-            values += item
 
 
 def _check_schema(schema: dict[str, Any]) -> None:

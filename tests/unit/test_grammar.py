@@ -34,14 +34,16 @@ PERSON = {
     "required": ["age", "kind"],
     "additionalProperties": False,
 }
+DIGIT = {"type": "integer", "minimum": 0, "maximum": 9}
+PAIR = {"type": "array", "prefixItems": [DIGIT, {"type": "null"}], "minItems": 2, "maxItems": 2}
 SCHEMAS = [
     PERSON,
     {"type": "integer", "minimum": -5, "maximum": 500},
     {"type": "string", "pattern": "^[ab]{2,5}$"},
-    {"type": "array", "items": {"$ref": "#/$defs/pair"}, "minItems": 1, "maxItems": 2, "$defs": {"pair": {"type": "array", "prefixItems": [{"type": "integer", "maximum": 9, "minimum": 0}, {"type": "null"}], "minItems": 2, "maxItems": 2}}},
+    {"type": "array", "items": {"$ref": "#/$defs/pair"}, "minItems": 1, "maxItems": 2, "$defs": {"pair": PAIR}},
     {"anyOf": [{"const": {"x": [1, 2]}}, {"type": "boolean"}]},
     {"type": "object", "maxProperties": 0},
-]  # fmt: skip
+]
 
 
 def make_compiler(**values):
@@ -132,7 +134,11 @@ def test_every_text_that_is_finished_keeps_to_its_grammar(seed, options):
 
 
 def test_most_texts_are_finished_and_differ():
-    requests = [make_request(f"{place}-{seed}", grammar, seed=seed) for place, grammar in enumerate(GRAMMARS) for seed in range(4)]  # fmt: skip
+    requests = [
+        make_request(f"{place}-{seed}", grammar, seed=seed)
+        for place, grammar in enumerate(GRAMMARS)
+        for seed in range(4)
+    ]
     texts, ends = generate(requests)
     finished = [name for name, end in ends.items() if end.finish_reason is FinishReason.STOP]
     assert len(finished) > 0.8 * len(requests)
@@ -187,6 +193,14 @@ def test_a_grammar_that_grows_too_complex_fails_its_request_and_says_so():
     assert ends["a"].is_refused
     assert "cannot go on" in ends["a"].error
     assert "<" not in ends["a"].error
+
+
+def test_a_grammar_that_takes_too_long_for_a_token_fails_its_request_and_says_so(monkeypatch):
+    (grammar,) = compile_all([GrammarSource("regex", "[a-z]*")])
+    monkeypatch.setattr(grammar_module, "MAX_TOKEN_SECONDS", -1.0)
+    _, ends = generate([make_request("a", grammar)])
+    assert ends["a"].is_refused
+    assert "takes too long" in ends["a"].error
 
 
 @pytest.mark.parametrize(
