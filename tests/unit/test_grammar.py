@@ -119,7 +119,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**32), st.lists(OPTIONS, min_size=len(GRAMMARS), max_size=len(GRAMMARS)))
 def test_every_text_that_is_finished_keeps_to_its_grammar(seed, options):
     requests = [
