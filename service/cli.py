@@ -49,6 +49,20 @@ def serve(  # noqa: PLR0917 typer makes an option of each
     kv_cache_memory: Annotated[
         str | None, typer.Option(help="Key-value cache, e.g. 2GiB. [default: from free memory]")
     ] = None,
+    prefix_caching: Annotated[
+        bool | None,
+        typer.Option(
+            "--enable-prefix-caching/--no-enable-prefix-caching",
+            help="Reuse keys and values of prompts that begin alike. [default: on]",
+        ),
+    ] = None,
+    speculative_tokens: Annotated[
+        int | None,
+        typer.Option(help="Guessed tokens that a step checks beside each sequence's next. [default: 0, none]"),
+    ] = None,
+    ngram_max: Annotated[
+        int | None, typer.Option(help="Last tokens that are looked up together for a guess, at most. [default: 3]")
+    ] = None,
     max_queue: Annotated[int | None, typer.Option(help="Sequences that may wait. [default: 64]")] = None,
     api_key: Annotated[
         str | None, typer.Option(help="Key that clients must send; better given as QERVE_API_KEY.")

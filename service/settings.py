@@ -40,6 +40,9 @@ class Settings(BaseSettings):
     max_num_seqs:     sequences generated at the same time
     max_num_batched_tokens: tokens of one step: a token of every sequence that decodes, then prompts in chunks, so that
                       a long prompt delays the others by one such step at a time; None: 512, on a GPU 2048
+    prefix_caching:   prompts that begin like earlier ones start behind what the cache still has of those
+    speculative_tokens: guessed tokens that a step checks besides the next one of a sequence; 0: none
+    ngram_max:        the last tokens that are looked up together to guess what follows, at most
     kv_cache_memory:  bytes, or a text such as "2GiB"; None: from the memory that is available
     max_queue:        sequences that may wait beyond those that run
     max_perplexity_windows: windows of one perplexity request
@@ -64,6 +67,9 @@ class Settings(BaseSettings):
     max_model_len: int | None = Field(default=None, ge=2, le=1 << 24)
     max_num_seqs: int = Field(default=8, ge=1, le=1024)
     max_num_batched_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
+    prefix_caching: bool = True
+    speculative_tokens: int = Field(default=0, ge=0, le=32)
+    ngram_max: int = Field(default=3, ge=1, le=8)
     kv_cache_memory: ByteSize | None = None
     max_queue: int = Field(default=64, ge=0, le=100_000)
     max_perplexity_windows: int = Field(default=4096, ge=1, le=1 << 20)

@@ -25,16 +25,20 @@ T = TypeVar("T")
 class Choice:
     """One output of a call: ``index`` among its choices, and what has come so far.
 
-    echo:   text before the output
-    tokens: log-probabilities, where they are wanted
+    is_first:          of the choices of its prompt
+    echo:              text before the output
+    tokens:            log-probabilities, where they are wanted
+    num_cached_tokens: tokens of the prompt that the cache had already when this choice started
     """
 
     index: int
     tokens: ChoiceTokens
+    is_first: bool = True
     echo: str = ""
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     num_tokens: int = 0
+    num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
 
 
@@ -52,13 +56,15 @@ class Call:
     choices: dict[str, Choice] = field(default_factory=dict)
 
     @property
-    def usage(self) -> dict[str, int]:
-        """Token counts so far; a prompt counts once, however many choices it has."""
+    def usage(self) -> dict[str, Any]:
+        """Token counts so far; a prompt counts once, however many choices it has, and as its first one found it."""
         num_generated = sum(choice.num_tokens for choice in self.choices.values())
+        num_cached = sum(choice.num_cached_tokens for choice in self.choices.values() if choice.is_first)
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_generated,
             "total_tokens": self.num_prompt_tokens + num_generated,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
         }
 
     async def outputs(self) -> AsyncIterator[tuple[Choice, RequestOutput]]:
@@ -75,6 +81,7 @@ class Call:
             choice.token_ids += output.token_ids
             choice.tokens.add(output)
             choice.num_tokens = output.num_output_tokens
+            choice.num_cached_tokens = output.num_cached_tokens
             choice.finish_reason = output.finish_reason
             yield choice, output
 
@@ -188,7 +195,7 @@ def start(
             params = replace(sampling, max_tokens=limit, seed=seed)
             request = Request(request_id, row, params, call.generation.arrival_seconds)
             tokens = ChoiceTokens(context.speller, request, echo is not None)
-            call.choices[request_id] = Choice(len(call.choices), tokens, echo or "")
+            call.choices[request_id] = Choice(len(call.choices), tokens, choice == 0, echo or "")
             requests.append(request)
     call.generation.start(requests)
 

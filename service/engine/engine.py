@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ from .request import FinishReason, Request
 from .runner import Runner
 from .sampler import Sampled, sample_with_logprobs
 from .scheduler import ScheduledRequest, Scheduler
+from .speculation import sample_drafts
 
 logger = logging.getLogger("qerve.engine")
 
@@ -29,6 +31,12 @@ class EngineTokenizer(Decoder, Protocol):
 class EngineObserver:
     """Is told what the engine does, in the engine's thread; this one does nothing with it."""
 
+    def request_started(self, request: Request) -> None:
+        """``request`` is in its first step; ``num_cached_tokens`` of its prompt were found in the cache."""
+
+    def request_preempted(self, request: Request) -> None:
+        """``request`` gave its cache blocks to earlier ones and waits to be computed again."""
+
     def step_ran(self, num_tokens: int) -> None:
         """A forward pass over ``num_tokens`` tokens is done."""
 
@@ -37,6 +45,9 @@ class EngineObserver:
 
     def request_finished(self, request: Request) -> None:
         """``request`` has its ``finish_reason``."""
+
+    def draft_checked(self, num_tokens: int, num_accepted: int) -> None:
+        """A draft of ``num_tokens`` was computed; the first ``num_accepted`` of them are what the request got."""
 
     def logits_not_finite(self) -> None:
         """A row of logits held NaN or infinity."""
@@ -48,6 +59,7 @@ class RequestOutput(NamedTuple):
     error:           what went wrong, where that is the reason
     is_refused:      what went wrong is that the request asks for what cannot be
     prompt_logprobs: of the next scored prompt tokens, in their order
+    num_cached_tokens: prompt tokens that were taken from the prefix cache
     token_ids:       what was generated
     logprobs:        of those tokens, where they are wanted
     """
@@ -59,6 +71,7 @@ class RequestOutput(NamedTuple):
     error: str | None = None
     is_refused: bool = False
     prompt_logprobs: Sequence[TokenLogprobs] = ()
+    num_cached_tokens: int = 0
     token_ids: Sequence[int] = ()
     logprobs: Sequence[TokenLogprobs] = ()
 
@@ -111,13 +124,17 @@ class Engine:
         return [self._fail(request, message) for request in list(self._requests.values())]
 
     def step(self) -> list[RequestOutput]:
-        """One token for every request whose known tokens this step completes: all but those inside their prompt.
+        """The next token of every request whose known tokens this step completes: all but those inside their prompt.
+
+        Where the tokens of a request's draft turn out to be right, it gets an output for each of them as well.
 
         Requests that are scored get log-probabilities of their prompts' tokens besides, as they are computed.
 
         An exception fails the requests of this step and nothing else.
         """
         scheduled = self.scheduler.schedule()
+        for request in self.scheduler.preempted:
+            self._observer.request_preempted(request)
         if not scheduled:
             return []
         try:
@@ -136,20 +153,30 @@ class Engine:
         """The next token of every request that gets one; scores of prompts."""
         started = self.clock()
         logits, scores = self._runner.run(scheduled)
-        requests = [item.request for item in scheduled if item.gets_token]
-        tokens = [] if logits is None else sample_with_logprobs(logits, requests)
-        for request, num_tokens, _ in scheduled:
-            request.num_computed_tokens += num_tokens
+        tokens: list[tuple[Request, Sampled]] = []
+        if logits is not None:
+            tokens = sample_drafts(logits, scheduled, sample_with_logprobs, lambda sampled: sampled.token_id)
+        for request, num_tokens, _, draft in scheduled:
+            self.scheduler.advance(request, num_tokens - len(draft))
             if request.scheduled_seconds is None:
                 request.scheduled_seconds = started
+                self._observer.request_started(request)
         self._observer.step_ran(sum(item.num_tokens for item in scheduled))
-        return list(zip(requests, tokens, strict=True)), scores
+        self._count_drafts(scheduled, tokens)
+        return tokens, scores
+
+    def _count_drafts(self, scheduled: Sequence[ScheduledRequest], tokens: Sequence[tuple[Request, object]]) -> None:
+        num_tokens = Counter(request for request, _ in tokens)
+        for item in scheduled:
+            if item.draft:
+                self._observer.draft_checked(len(item.draft), num_tokens[item.request] - 1)
 
     def _collect_scores(self, request: Request, scores: Sequence[TokenLogprobs]) -> RequestOutput | None:
         """What a step says of a request's prompt; its end, if nothing is to be generated; None: nothing to say."""
         if not all(math.isfinite(score.logprob) for score in scores):
             return self._fail_not_finite(request)
-        is_done = request.params.max_tokens == 0 and request.is_prompt_computed
+        request.score_from += len(scores)
+        is_done = not request.wants_tokens and request.is_prompt_computed
         if is_done:
             self._finish(request, FinishReason.LENGTH)
         elif not scores:
@@ -162,6 +189,8 @@ class Engine:
             if processor is not None and processor.problem is not None:
                 return self._fail(request, processor.problem)._replace(is_refused=True)
             return self._fail_not_finite(request)
+        # The token before this one was a draft's, and this step has computed it.
+        self.scheduler.advance(request, request.num_uncomputed_tokens)
         try:
             return self._append(request, sampled.token_id, sampled.logprobs)
         except Exception:
@@ -188,6 +217,7 @@ class Engine:
             text,
             request.num_output_tokens,
             reason,
+            num_cached_tokens=request.num_cached_tokens,
             token_ids=(token,),
             logprobs=() if logprobs is None else (logprobs,),
         )
