@@ -2,52 +2,32 @@
 
 A grammar is somebody else's program. It is compiled outside the engine's loop, in a thread of its own, with a limit on
 its size and on the time that a request waits for it; what it may then do per token is limited by numbers of parser
-items and lexer steps, not by a clock, so that a text does not depend on how busy the machine is. A grammar that runs
-into such a limit ends its own request.
+items and lexer steps, and by the processor time of one token. A grammar that runs into such a limit ends its own
+request.
 """
 
 import asyncio
-import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
-from decimal import Decimal
-from typing import Any, Literal
+from contextlib import contextmanager
 
 import llguidance
 import numpy as np
 
 from .engine.logits import Grammar, GrammarState, Mask
+from .grammar_source import BadGrammarError, GrammarSource, definition_of, limits_for
 
 MAX_GRAMMAR_BYTES = 64 << 10
 MAX_CACHED = 64
 COMPILE_SECONDS = 5.0
-MAX_MULTIPLES = 10_000
-"""Product of all ``multipleOf`` of a schema, without their powers of ten: so many states has an automaton that counts
-to all of them, and the library does not limit the time that it takes to build one."""
 MAX_ABANDONED = 2
 """Threads that may still compile what nobody waits for any more."""
+MAX_TOKEN_SECONDS = 0.1
+"""Processor time per token of a text, after which its grammar is given up: a hundred times what is usual."""
 MAX_MESSAGE_CHARS = 400
-
-MAX_WHITESPACE = 16
-"""Between two parts of a JSON text: a model that is unsure writes spaces for ever."""
-
-
-class BadGrammarError(ValueError):
-    """The grammar cannot be used; the message says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class GrammarSource:
-    """A grammar as a client wrote it.
-
-    kind: of ``text``; ``json`` is a JSON schema in JSON, ``choice`` a list of texts in JSON
-    """
-
-    kind: Literal["json", "regex", "choice", "lark"]
-    text: str
 
 
 class CompiledGrammar:
@@ -66,6 +46,7 @@ class MatcherState:
 
     def __init__(self, matcher: llguidance.LLMatcher) -> None:
         self._matcher = matcher
+        self._is_too_slow = False
 
     @property
     def is_complete(self) -> bool:
@@ -75,18 +56,28 @@ class MatcherState:
     @property
     def problem(self) -> str | None:
         """See ``GrammarState``."""
+        if self._is_too_slow:
+            return "the grammar cannot go on: one token of it takes too long"
         return f"the grammar cannot go on: {_reason(self._matcher)}" if self._matcher.is_error() else None
 
     def allowed(self, num_tokens: int) -> Mask:
         """See ``GrammarState``."""
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        if self._matcher.is_error():
+        with self._timed():
+            bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self.problem is not None:
             return np.zeros(num_tokens, dtype=np.bool_)
         return np.unpackbits(bits, count=num_tokens, bitorder="little").view(np.bool_)
 
     def advance(self, token_id: int) -> None:
         """See ``GrammarState``."""
-        self._matcher.consume_token(token_id)
+        with self._timed():
+            self._matcher.consume_token(token_id)
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.thread_time()
+        yield
+        self._is_too_slow |= time.thread_time() - started > MAX_TOKEN_SECONDS
 
 
 class GrammarCompiler:
@@ -164,7 +155,7 @@ class GrammarCompiler:
     def _compile(self, source: GrammarSource) -> Grammar:
         if self._tokenizer is None:
             self._tokenizer = self._new_tokenizer()
-        matcher = llguidance.LLMatcher(self._tokenizer, _definition(source), log_level=0, limits=_limits())
+        matcher = llguidance.LLMatcher(self._tokenizer, definition_of(source), log_level=0, limits=limits_for(source))
         if not matcher.is_error():
             matcher.compute_bitmask()  # the first mask of a grammar takes the longest
         if matcher.is_error():
@@ -180,65 +171,6 @@ class GrammarCompiler:
             )
         except ValueError as error:
             raise BadGrammarError(f"the model's tokenizer cannot be used for grammars: {error}") from error
-
-
-def _definition(source: GrammarSource) -> str:
-    """``source`` as llguidance reads it."""
-    if source.kind == "regex":
-        return llguidance.LLMatcher.grammar_from_regex(source.text)
-    if source.kind == "lark":
-        return llguidance.LLMatcher.grammar_from_lark(source.text)
-    value = json.loads(source.text)
-    if source.kind == "choice":
-        return llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(item) for item in value))
-    if not isinstance(value, dict):
-        raise BadGrammarError("a schema is an object")
-    value.pop("x-guidance", None)  # options of the library, which are ours to set
-    _check_schema(value)
-    return llguidance.LLMatcher.grammar_from_json_schema(
-        value,
-        overrides={
-            "whitespace_pattern": rf"[ \n\t]{{1,{MAX_WHITESPACE}}}",
-            "lenient": False,
-            "coerce_one_of": False,
-        },
-    )
-
-
-def _limits() -> llguidance.LLParserLimits:
-    return llguidance.LLParserLimits(
-        step_max_items=10_000,  # per token: some 20 ms at worst
-        step_lexer_fuel=50_000,
-        initial_lexer_fuel=1_000_000,
-        max_lexer_states=25_000,  # per request: some 50 MB at worst
-        max_grammar_size=100_000,
-        verbose_errors=False,
-    )
-
-
-def _objects(value: Any) -> Iterator[dict[str, Any]]:
-    """Every object in ``value``, without recursion."""
-    values = [value]
-    while values:
-        item = values.pop()
-        if isinstance(item, dict):
-            yield item
-            values += item.values()
-        elif isinstance(item, list):
-            values += item
-
-
-def _check_schema(schema: dict[str, Any]) -> None:
-    """What the library does not look at, or says less well."""
-    product = 1
-    for part in _objects(schema):
-        reference, multiple = part.get("$ref"), part.get("multipleOf")
-        if isinstance(reference, str) and not reference.startswith("#"):
-            raise BadGrammarError(f"$ref {reference[:64]!r} points outside the schema; only '#...' is followed")
-        if isinstance(multiple, int | float) and not isinstance(multiple, bool):
-            product *= int("".join(map(str, Decimal(str(multiple)).normalize().as_tuple().digits)))
-        if product > MAX_MULTIPLES:
-            raise BadGrammarError(f"the values of multipleOf multiply to more than {MAX_MULTIPLES}")
 
 
 def _reason(matcher: llguidance.LLMatcher) -> str:

@@ -1,5 +1,6 @@
 """How single tokens are spelled: as text, and in bytes."""
 
+from functools import cached_property
 from typing import Protocol
 
 from .engine.detokenizer import REPLACEMENT, Decoder
@@ -25,8 +26,11 @@ class TokenSpeller:
 
     def __init__(self, tokenizer: SpellingTokenizer) -> None:
         self.tokenizer = tokenizer
-        self._anchor = tokenizer.encode(ANCHOR, add_special_tokens=False)[-1:]
         self._texts: dict[int, str] = {}
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        return self.tokenizer.encode(ANCHOR, add_special_tokens=False)[-1:]
 
     def text_of(self, token_id: int) -> str:
         """Text of a token between others; control tokens are spelled out."""

@@ -131,9 +131,11 @@ async def tokenize(
     rows: list[list[int]] = []
     for prompt in prompts:
         if isinstance(prompt, str):
-            if len(prompt) > context.max_prompt_chars:  # cannot fit, whatever its tokens are: not worth tokenizing
-                raise _too_long(context, f"of {len(prompt)} characters", param)
-            rows.append(await asyncio.to_thread(tokenizer.encode, prompt, add_special_tokens))
+            # Cut, it still holds more tokens than any number that can be kept.
+            text = prompt if num_kept is None else prompt[-context.max_prompt_chars :]
+            if len(text) > context.max_prompt_chars:  # cannot fit, whatever its tokens are: not worth tokenizing
+                raise _too_long(context, f"of {len(text)} characters", param)
+            rows.append(await asyncio.to_thread(tokenizer.encode, text, add_special_tokens))
         else:
             rows.append(prompt)
     if num_kept is not None:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..deps import Context
 from ..engine.logits import Grammar
 from ..errors import bad_request
-from ..grammar import BadGrammarError, GrammarSource
+from ..grammar_source import BadGrammarError, GrammarSource
 
 MAX_GRAMMAR_CHARS = 64 << 10
 MAX_GUIDED_CHOICES = 1024

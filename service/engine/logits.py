@@ -119,16 +119,13 @@ class LogitsProcessor:
         masked and ``problem`` says why.
         """
         self._catch_up(output_token_ids)
-        if not np.isfinite(logits.max()):
+        if self._params.masks_tokens and not self._mask(logits, output_token_ids):
             return
-        self._mask(logits, output_token_ids)
         if len(self._biased):
             logits[self._biased] += self._biases
         if self._counts is not None:
             params = self._params
             self._counts.penalize(logits, params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-        if logits.max() == MASKED:
-            self.problem = (self._grammar and self._grammar.problem) or "no token is left that it allows"
 
     def _catch_up(self, output_token_ids: Sequence[int]) -> None:
         for token_id in output_token_ids[self._num_seen :]:
@@ -138,7 +135,10 @@ class LogitsProcessor:
                 self._grammar.advance(token_id)
         self._num_seen = len(output_token_ids)
 
-    def _mask(self, logits: Logits, output_token_ids: Sequence[int]) -> None:
+    def _mask(self, logits: Logits, output_token_ids: Sequence[int]) -> bool:
+        """False: the values are not finite, or now there is no token left."""
+        if not np.isfinite(logits.max()):
+            return False
         if len(self._allowed):
             kept = logits[self._allowed]
             logits.fill(MASKED)
@@ -151,6 +151,10 @@ class LogitsProcessor:
             self._mask_by_grammar(self._grammar, logits, is_too_early)
         elif is_too_early:
             logits[self._ending] = MASKED
+        if logits.max() > MASKED:
+            return True
+        self.problem = (self._grammar and self._grammar.problem) or "no token is left that it allows"
+        return False
 
     def _mask_by_grammar(self, grammar: GrammarState, logits: Logits, is_too_early: bool) -> None:
         """A grammar's end comes before ``min_tokens`` where nothing else can follow."""

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from models.evaluate.perplexity import LOGIT_ROWS
 
+BLOCK = 256
+"""Logits of which the highest is looked for at once."""
+
 
 class TokenLogprobs(NamedTuple):
     """A token and how likely it was where it stands.
@@ -30,10 +33,29 @@ def logprobs_of(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[
     chosen = (logits.gather(-1, wanted) - log_total)[:, 0].tolist()
     if not num_top:
         return [TokenLogprobs(token, value) for token, value in zip(token_ids, chosen, strict=True)]
-    best = logits.topk(min(num_top, logits.shape[-1]), dim=-1)
-    values, tokens = (best.values - log_total).tolist(), best.indices.tolist()
+    highest, best = _highest(logits, min(num_top, logits.shape[-1]))
+    values, tokens = (highest - log_total).tolist(), best.tolist()
     tops = [tuple(zip(*row, strict=True)) for row in zip(tokens, values, strict=True)]
     return [TokenLogprobs(*item) for item in zip(token_ids, chosen, tops, strict=True)]
+
+
+def _highest(logits: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """The ``number`` highest values of each row of ``logits`` (n, vocab_size), from high to low, and their columns.
+
+    On a CPU, torch looks for them one value at a time. They lie in as many blocks, those with the highest maxima, and
+    maxima are found by vectors of values.
+    """
+    num_blocks = logits.shape[-1] // BLOCK
+    if logits.device.type != "cpu" or num_blocks <= number:
+        best = logits.topk(number, dim=-1)
+        return best.values, best.indices
+    maxima = logits[:, : num_blocks * BLOCK].reshape(-1, num_blocks, BLOCK).amax(-1)
+    blocks = maxima.topk(number, dim=-1).indices
+    columns = (blocks[:, :, None] * BLOCK + torch.arange(BLOCK)).flatten(1)
+    rest = torch.arange(num_blocks * BLOCK, logits.shape[-1]).expand(len(logits), -1)
+    columns = torch.cat([columns, rest], dim=-1)
+    best = logits.gather(-1, columns).topk(number, dim=-1)
+    return best.values, columns.gather(-1, best.indices)
 
 
 @torch.inference_mode()

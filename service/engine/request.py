@@ -83,10 +83,15 @@ class SamplingParams:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
     @property
+    def masks_tokens(self) -> bool:
+        """Some tokens may not come next."""
+        masks = self.allowed_token_ids or self.bad_words or self.min_tokens > 0
+        return bool(masks) or self.grammar is not None
+
+    @property
     def changes_logits(self) -> bool:
         """The next token is not chosen from the model's logits as they are."""
-        masks = self.allowed_token_ids or self.bad_words or self.min_tokens > 0 or self.grammar is not None
-        return bool(masks or self.logit_bias) or self.has_penalties
+        return self.masks_tokens or self.has_penalties or bool(self.logit_bias)
 
 
 @dataclass(slots=True, eq=False)

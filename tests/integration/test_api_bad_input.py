@@ -21,7 +21,7 @@ WRONG_VALUES = {
         *([-1], [1.5], [True], [258], [2**70], [[1], [10**6]]),
         *(["a"] * (MAX_PROMPTS + 1), [[1]] * (MAX_PROMPTS + 1)),
     ],
-    "max_tokens": [0, -1, 1.5, "5", True, 2**31, 10**30, []],
+    "max_tokens": [-1, 1.5, "5", True, 2**31, 10**30, []],
     "temperature": [-0.1, 2.1, "hot", 1e300, True],
     "top_p": [0, -1, 1.01, "x"],
     "top_k": [-2, 1.5, 2**31],
@@ -30,30 +30,51 @@ WRONG_VALUES = {
     "n": [0, -1, MAX_CHOICES + 1, "2"],
     "stop": [5, [5], "", [""], ["a"] * 5, "x" * 65, {}],
     "stream": ["yes", 1],
-    "stream_options": [{"include_usage": True}, 5, {"continuous_usage_stats": True}],
+    "stream_options": [{"include_usage": True}, 5, {"continuous_usage_stats": 1}],
     "model": [5, "x" * 300],
     "ignore_eos": ["no"],
+    "presence_penalty": [-2.1, 2.1, "x", True],
+    "frequency_penalty": [-2.1, 2.1],
+    "repetition_penalty": [0, -1, 0.009, 101],
+    "min_tokens": [-1, 2**31, 1.5],
+    "logprobs": [-1, 1025, 1.5, True, "3"],
+    "echo": ["yes"],
+    "logit_bias": [
+        *([], {"a": 1}, {"-1": 1}, {"5": 101}, {"5": -100.5}, {"5": True}, {"5": "1"}, {"5.0": 1}),
+        *({"²": 1}, {"9" * 11: 1}, {str(token): 1 for token in range(301)}),
+    ],
+    "stop_token_ids": [[-1], [1.5], ["5"], 5, [1] * 65],
+    "allowed_token_ids": [[-1], ["5"], 5],
+    "bad_words": [[""], ["x" * 65], ["a"] * 129, "a"],
+    "truncate_prompt_tokens": [0, -1, "5"],
+    "add_special_tokens": ["no"],
+    "skip_special_tokens": [0],
+    "include_stop_str_in_output": ["x"],
+    "return_token_ids": [1],
 }
 UNSUPPORTED = {
     "/v1/completions": [
-        *(("logprobs", 0), ("logprobs", 5), ("echo", True), ("suffix", "end"), ("best_of", 2), ("min_tokens", 5)),
-        *(("logit_bias", {"5": 1}), ("presence_penalty", 0.5), ("frequency_penalty", -1)),
+        *(("suffix", "end"), ("best_of", 2), ("use_beam_search", True), ("length_penalty", 0.5)),
+        *(("prompt_logprobs", 1), ("spaces_between_special_tokens", False)),
     ],
     "/v1/chat/completions": [
-        *(("logprobs", True), ("top_logprobs", 3), ("modalities", ["audio"]), ("repetition_penalty", 1.1)),
+        *(("modalities", ["audio"]), ("echo", True), ("chat_template", "{{ 1 }}")),
         *(("tools", [{"type": "function"}]), ("tool_choice", "required")),
-        *(("response_format", {"type": "json_object"}), ("response_format", {"type": "json_schema"})),
     ],
 }
 ACCEPTED = {
     "/v1/completions": [
         *(("logprobs", None), ("echo", False), ("best_of", 1), ("suffix", None), ("suffix", "")),
-        *(("logit_bias", {}), ("presence_penalty", 0.0), ("stop", None), ("top_k", -1)),
+        *(("logit_bias", {}), ("logit_bias", None), ("presence_penalty", 0.0), ("stop", None), ("top_k", -1)),
+        *(("logit_bias", {str(token % 258): -100 for token in range(300)}), ("repetition_penalty", 0.01)),
+        *(("presence_penalty", -2), ("frequency_penalty", 2), ("min_tokens", 2), ("logprobs", 20)),
+        *(("stop_token_ids", []), ("allowed_token_ids", []), ("bad_words", ["x" * 64] * 128)),
     ],
     "/v1/chat/completions": [
         *(("logprobs", False), ("top_logprobs", None), ("tools", []), ("tool_choice", "none")),
         *(("response_format", {"type": "text"}), ("frequency_penalty", 0)),
         *(("user", "me"), ("metadata", {"a": "b"}), ("never_heard_of", [1])),
+        *(("store", True), ("service_tier", "auto"), ("chat_template_kwargs", {})),
     ],
 }
 

@@ -75,7 +75,17 @@ class Recorder(EngineObserver):
         self.num_preempted += 1
 
 
-def run(loaded, prompts, num_blocks=40, max_num_seqs=8, budget=512, has_prefix_cache=True, rounds=1, ranks=None):
+def run(
+    loaded,
+    prompts,
+    num_blocks=40,
+    max_num_seqs=8,
+    budget=512,
+    has_prefix_cache=True,
+    rounds=1,
+    ranks=None,
+    num_drafted=0,
+):
     """((tokens, logits (num_tokens, vocab_size)) of every prompt of the last round, what was observed)."""
     recorder = Recorder()
     runner = RecordingRunner(loaded.model, loaded.model.new_cache(num_blocks))
@@ -142,3 +152,10 @@ def test_other_ranks_in_the_company_change_nothing(loaded):
     assert_same(loaded, outputs, alone)
     assert recorder.num_cached >= 4 * 32  # of the same rank, in the second round
     assert len({tuple(map(float, logits[0])) for _, logits in alone}) == 3
+
+
+@pytest.mark.parametrize("num_blocks", [8, 40])
+def test_drafts_change_nothing(loaded, alone, num_blocks):
+    outputs, recorder = run(loaded, PROMPTS, num_blocks=num_blocks, budget=40, num_drafted=4)
+    assert_same(loaded, outputs, alone)
+    assert recorder.num_accepted > 0

@@ -19,7 +19,8 @@ from service.engine.engine import Engine, EngineObserver
 from service.engine.request import FinishReason, Request, SamplingParams
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
-from service.grammar import MAX_CACHED, MAX_GRAMMAR_BYTES, BadGrammarError, GrammarCompiler, GrammarSource
+from service.grammar import MAX_CACHED, MAX_GRAMMAR_BYTES, GrammarCompiler
+from service.grammar_source import BadGrammarError, GrammarSource
 from tests.support.fake_model import EOS, VOCAB_SIZE, ByteTokenizer, RandomModel
 
 TOKENIZER = ByteTokenizer()
@@ -118,7 +119,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**32), st.lists(OPTIONS, min_size=len(GRAMMARS), max_size=len(GRAMMARS)))
 def test_every_text_that_is_finished_keeps_to_its_grammar(seed, options):
     requests = [
@@ -244,8 +245,8 @@ def test_multiples_within_the_limit_are_kept_to():
 
 def test_grammars_are_compiled_once_and_the_latest_are_remembered(monkeypatch):
     compiled = []
-    original = grammar_module._definition
-    monkeypatch.setattr(grammar_module, "_definition", lambda source: compiled.append(source) or original(source))
+    original = grammar_module.definition_of
+    monkeypatch.setattr(grammar_module, "definition_of", lambda source: compiled.append(source) or original(source))
     compiler = make_compiler()
     sources = [GrammarSource("regex", f"a{{{number}}}") for number in range(1, MAX_CACHED + 2)]
     first, again = compile_all([sources[0], sources[0]], compiler)
@@ -256,14 +257,14 @@ def test_grammars_are_compiled_once_and_the_latest_are_remembered(monkeypatch):
 
 def test_a_grammar_that_takes_too_long_is_given_up_and_others_are_compiled_still(monkeypatch):
     release = threading.Event()
-    original = grammar_module._definition
+    original = grammar_module.definition_of
 
     def slow(source):
         if source.text == "slow":
             release.wait(30)
         return original(source)
 
-    monkeypatch.setattr(grammar_module, "_definition", slow)
+    monkeypatch.setattr(grammar_module, "definition_of", slow)
 
     async def run():
         compiler = make_compiler(seconds=0.5)

@@ -6,10 +6,12 @@ import torch
 from service.engine.logprobs import logprobs_of, score_rows
 
 
-@pytest.mark.parametrize("num_top", [0, 1, 20, 100])
-def test_tokens_and_the_likeliest_ones_have_the_values_of_the_softmax(num_top):
-    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0)) * 4
+@pytest.mark.parametrize("vocab_size", [40, 3007])
+@pytest.mark.parametrize("num_top", [0, 1, 5, 20, 100])
+def test_tokens_and_the_likeliest_ones_have_the_values_of_the_softmax(num_top, vocab_size):
+    logits = torch.randn(5, vocab_size, generator=torch.Generator().manual_seed(0)) * 4
     token_ids = [0, 39, 7, 7, 21]
+    logits[3, -5:] += 20  # beyond the last whole block
     want = logits.double().log_softmax(-1)
     scores = logprobs_of(logits, token_ids, num_top)
     assert [score.token_id for score in scores] == token_ids
