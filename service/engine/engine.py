@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from .detokenizer import Decoder, Detokenizer, StopMatcher, TextStream, TokenTexts
+from .health import EngineHealth
 from .request import FinishReason, Request
 from .runner import Runner
 from .sampler import sample
 from .scheduler import ScheduledRequest, Scheduler
+from .throughput import Throughput
 
 logger = logging.getLogger("qerve.engine")
 
@@ -62,6 +64,8 @@ class Engine:
     ) -> None:
         self.scheduler = scheduler
         self.clock = clock
+        self.health = EngineHealth()
+        self.throughput = Throughput()
         self._runner = runner
         self._decoder = TokenTexts(tokenizer)
         self._eos_token_ids = tokenizer.eos_token_ids
@@ -104,6 +108,7 @@ class Engine:
             tokens = self._run(scheduled)
         except Exception:
             logger.exception("a step of %d requests failed", len(scheduled))
+            self.health.step_failed()
             return [self._fail(item.request, "the model failed on this request") for item in scheduled]
         return [self._collect(request, token) for request, token in tokens]
 
@@ -113,11 +118,15 @@ class Engine:
         logits = self._runner.run(scheduled)
         requests = [item.request for item in scheduled if item.gets_token]
         tokens = [] if logits is None else sample(logits, requests)
-        for request, num_tokens, _ in scheduled:
-            request.num_computed_tokens += num_tokens
+        for request, num_new, _ in scheduled:
+            request.num_computed_tokens += num_new
             if request.scheduled_seconds is None:
                 request.scheduled_seconds = started
-        self._observer.step_ran(sum(item.num_tokens for item in scheduled))
+        num_tokens = sum(item.num_tokens for item in scheduled)
+        self._observer.step_ran(num_tokens)
+        self.throughput.step_ran(num_tokens, self.clock() - started)
+        num_broken = tokens.count(None)
+        self.health.step_succeeded(len(tokens) - num_broken, num_broken)
         return list(zip(requests, tokens, strict=True))
 
     def _collect(self, request: Request, token: int | None) -> RequestOutput:
@@ -160,6 +169,7 @@ class Engine:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self.scheduler.finish(request, reason)
         request.finished_seconds = self.clock()
+        self.throughput.request_finished(request.num_output_tokens)
         del self._requests[request.request_id]
         del self._texts[request.request_id]
         self._observer.request_finished(request)
