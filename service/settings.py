@@ -84,16 +84,17 @@ class Settings(BaseSettings):
     )
     max_prompts: int = Field(default=32, ge=1, le=32, description="Prompts of one request")
     max_choices: int = Field(default=8, ge=1, le=8, description="Choices (n) per prompt")
-    max_perplexity_windows: int = Field(
-        default=4096, ge=1, le=1 << 20, description="Windows of one perplexity request"
-    )
+    max_perplexity_windows: int = Field(default=4096, ge=1, le=1 << 20, description="Windows of one perplexity request")
     max_body_bytes: ByteSize = Field(default=2 << 20, description="Size of a request body")
     max_json_depth: int = Field(default=32, ge=2, le=256, description="Nesting of a request body")
     request_timeout_seconds: float = Field(
         default=3600.0, gt=0, le=86400, description="Longest a request may take; clients may ask for less"
     )
     sse_heartbeat_seconds: float = Field(
-        default=15.0, gt=0, le=3600, description="Silence in a stream after which a comment keeps proxies from closing it"
+        default=15.0,
+        gt=0,
+        le=3600,
+        description="Silence in a stream after which a comment is sent, for proxies",
     )
     sse_write_timeout_seconds: float = Field(
         default=60.0, gt=0, le=3600, description="How long a stream's reader may take nothing before it is dropped"

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from typing import Annotated, Any
 
@@ -14,8 +14,9 @@ from models.errors import QerveError
 
 from ..deps import Context, ContextDep, json_body
 from ..errors import ApiError, bad_request, internal_error
-from .generation import Call, Choice, admit, max_tokens_for, start, stream, tokenize, unless_disconnected
-from .schemas import ChatBody
+from .admission import admit_prompts
+from .generation import Call, Choice, max_tokens_for, start, stream, tokenize, unless_disconnected
+from .schemas import ChatBody, ChatMessage
 from .sse import DONE, encode_event
 
 router = APIRouter()
@@ -29,9 +30,10 @@ async def chat_completions(
     body.check()
     context.check_model(body.model)
     with ExitStack() as stack:
-        generation = admit(context, body.n or 1)
+        text = "".join(message.content for message in body.messages)
+        generation = admit_prompts(request, context, [text], body.n or 1)
         stack.callback(generation.close)
-        prompt = await asyncio.to_thread(_render, context, body)
+        prompt = await asyncio.to_thread(render, context, body.messages)
         # The template writes the special tokens itself.
         rows = await tokenize(context, [prompt], "messages", add_special_tokens=False)
         limit = max_tokens_for(context, len(rows[0]), body.requested_tokens, None)
@@ -45,15 +47,19 @@ async def chat_completions(
         return JSONResponse({**answer, "usage": call.usage})
 
 
-def _render(context: Context, body: ChatBody) -> str:
-    """The conversation as the model's chat template writes it; ``developer`` is OpenAI's newer name of ``system``."""
+def render(context: Context, messages: Sequence[ChatMessage], add_generation_prompt: bool = True) -> str:
+    """The conversation as the model's chat template writes it; ``developer`` is OpenAI's newer name of ``system``.
+
+    Raises:
+        ApiError: 400, there is no template or it rejects the messages; 500, it cannot be used.
+    """
     tokenizer = context.loaded.tokenizer
     if not tokenizer.has_chat_template:
         raise bad_request("This model has no chat template: use /v1/completions.")
     roles = {"developer": "system"}
-    messages = [{"role": roles.get(item.role, item.role), "content": item.content} for item in body.messages]
+    conversation = [{"role": roles.get(item.role, item.role), "content": item.content} for item in messages]
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt)
     except ValueError as error:
         raise bad_request(f"messages: {error}.", "messages") from None
     except QerveError as error:

@@ -11,7 +11,8 @@ from fastapi.responses import JSONResponse, Response
 
 from ..deps import Context, ContextDep, json_body
 from ..errors import ApiError
-from .generation import Call, Choice, admit, max_tokens_for, start, stream, tokenize, unless_disconnected
+from .admission import admit_prompts
+from .generation import Call, Choice, max_tokens_for, start, stream, tokenize, unless_disconnected
 from .schemas import CompletionBody
 from .sse import DONE, encode_event
 
@@ -29,7 +30,7 @@ async def completions(
     body.check()
     context.check_model(body.model)
     with ExitStack() as stack:
-        generation = admit(context, len(body.prompt) * (body.n or 1))
+        generation = admit_prompts(request, context, body.prompt, body.n or 1)
         stack.callback(generation.close)
         rows = await tokenize(context, body.prompt, "prompt")
         limits = [max_tokens_for(context, len(row), body.max_tokens, DEFAULT_MAX_TOKENS) for row in rows]

@@ -1,9 +1,10 @@
-"""``POST /v1/perplexity``: how well the served model predicts a text, window by window between generation steps."""
+"""``POST /v1/perplexity``: how well the served model predicts a text, in windows that are scheduled like prompts."""
 
 import asyncio
 import math
+import uuid
 from contextlib import ExitStack
-from functools import partial
+from itertools import islice
 from typing import Annotated, Any
 
 import torch
@@ -11,15 +12,20 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from models.errors import EvaluationError
-from models.evaluate.perplexity import PerplexityResult, Window, plan_windows, score_window, summarize
+from models.evaluate.perplexity import PerplexityResult, Window, plan_windows, summarize
 
 from ..deps import Context, ContextDep, json_body
-from ..engine.async_engine import DrainingError
+from ..engine.generation import Generation
+from ..engine.request import FinishReason, SamplingParams
+from ..engine.request import Request as EngineRequest
 from ..errors import bad_request, internal_error
-from .generation import admit, check_token_ids, draining, unless_disconnected
+from .admission import admit, estimate_tokens
+from .generation import check_token_ids, unless_disconnected
 from .schemas import PerplexityBody
 
 DEFAULT_WINDOW = 1024
+MAX_TOGETHER = 4
+TOKENS_TOGETHER = 512
 
 router = APIRouter()
 
@@ -32,24 +38,23 @@ async def perplexity(
     body.check()
     context.check_model(body.model)
     with ExitStack() as stack:
-        stack.callback(admit(context, 1).close)
+        # However many windows there are, the call counts as one sequence: it waits in the queue once.
+        num_tokens = min(estimate_tokens(body.text or body.token_ids or []), TOKENS_TOGETHER)
+        call = admit(request, context, 1, num_tokens, keeps_seats=True)
+        stack.callback(call.close)
         tokens = await _tokens(context, body)
         windows = _plan(context, body, len(tokens))
-        result = await unless_disconnected(request, context, _score(context, tokens, windows))
-    if not math.isfinite(result.nll):
-        context.metrics.logits_not_finite()
-        raise internal_error("The model produced values that are not finite.")
-    context.metrics.perplexity_scored(result.num_tokens)
+        result = await unless_disconnected(request, context, _score(context, call, tokens, windows))
     return JSONResponse(_answer(context, body, result))
 
 
-async def _tokens(context: Context, body: PerplexityBody) -> torch.Tensor:
+async def _tokens(context: Context, body: PerplexityBody) -> list[int]:
     if body.text is not None:
         token_ids, param = await asyncio.to_thread(context.loaded.tokenizer.encode, body.text), "text"
     else:
         token_ids, param = body.token_ids or [], "token_ids"
     check_token_ids(context, token_ids, param)
-    return torch.tensor(token_ids, dtype=torch.int64)
+    return token_ids
 
 
 def _plan(context: Context, body: PerplexityBody, num_tokens: int) -> list[Window]:
@@ -76,16 +81,36 @@ def _plan(context: Context, body: PerplexityBody, num_tokens: int) -> list[Windo
         raise bad_request(str(error), "text" if body.text is not None else "token_ids") from None
 
 
-async def _score(context: Context, tokens: torch.Tensor, windows: list[Window]) -> PerplexityResult:
-    model = context.loaded.model
-    nlls = []
-    for window in windows:
-        job = partial(score_window, model, tokens[window.start : window.end], window.num_scored)
-        try:
-            nlls.append(await context.engine.call(job))
-        except DrainingError:
-            raise draining(context) from None
-    return summarize(nlls)
+async def _score(context: Context, call: Generation, tokens: list[int], windows: list[Window]) -> PerplexityResult:
+    """Every window as a request that generates nothing; the next one starts when one is done.
+
+    Raises:
+        ApiError: 500, the engine failed on a window.
+    """
+    requests = [_request(tokens, window, call.arrival_seconds) for window in windows]
+    nlls: dict[str, list[float]] = {request.request_id: [] for request in requests}
+    waiting = iter(requests)
+    call.start(list(islice(waiting, _num_together(windows))))
+    async for output in call.outputs():
+        if output.finish_reason is FinishReason.ERROR:
+            raise internal_error(f"Scoring failed: {output.error}.")
+        nlls[output.request_id] += [-score.logprob for score in output.prompt_logprobs]
+        if output.finish_reason is not None:
+            call.start(list(islice(waiting, 1)))
+    context.metrics.perplexity_scored(sum(map(len, nlls.values())))
+    return summarize([torch.tensor(values) for values in nlls.values()])
+
+
+def _num_together(windows: list[Window]) -> int:
+    """Windows of one call that are in the engine at the same time: one, or enough short ones to fill a step."""
+    return max(1, min(MAX_TOGETHER, TOKENS_TOGETHER // (windows[0].end - windows[0].start), len(windows)))
+
+
+def _request(tokens: list[int], window: Window, arrival_seconds: float) -> EngineRequest:
+    params = SamplingParams(max_tokens=0, num_prompt_logprobs=0)
+    score_from = window.end - window.start - window.num_scored
+    token_ids = tokens[window.start : window.end]
+    return EngineRequest(uuid.uuid4().hex, token_ids, params, arrival_seconds, score_from)
 
 
 def _answer(context: Context, body: PerplexityBody, result: PerplexityResult) -> dict[str, Any]:

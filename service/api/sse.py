@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
+from enum import Enum
 from typing import Any
 
 from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 DONE = "data: [DONE]\n\n"
 HEARTBEAT = ": waiting\n\n"
@@ -38,27 +39,54 @@ async def with_heartbeats(events: AsyncIterator[str], seconds: float) -> AsyncIt
             pending.cancel()
 
 
+class StreamEnd(Enum):
+    """How a stream ended."""
+
+    COMPLETE = "complete"
+    DISCONNECTED = "disconnected"
+    STALLED = "stalled"
+
+
 class EventStream(StreamingResponse):
-    """Sends ``events``; at its end, whatever the end, calls ``close`` with whether all of them were sent."""
+    """Sends ``events``; at its end, whatever the end, calls ``close`` with it.
+
+    write_timeout_seconds: how long the reader may take nothing, with the connection's buffers full
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str], close: Callable[[bool], None], heartbeat_seconds: float) -> None:
+    def __init__(
+        self,
+        events: AsyncIterator[str],
+        close: Callable[[StreamEnd], None],
+        heartbeat_seconds: float,
+        write_timeout_seconds: float,
+    ) -> None:
         # Proxies must pass events on as they come.
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(with_heartbeats(events, heartbeat_seconds), headers=headers)
         self._close = close
-        self._is_complete = False
+        self._write_timeout_seconds = write_timeout_seconds
+        self._end = StreamEnd.DISCONNECTED
 
     async def stream_response(self, send: Send) -> None:
         """Send everything."""
-        await super().stream_response(send)
-        self._is_complete = True
+
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._write_timeout_seconds):
+                    await send(message)
+            except TimeoutError:
+                self._end = StreamEnd.STALLED
+                raise
+
+        await super().stream_response(send_in_time)
+        self._end = StreamEnd.COMPLETE
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response, or as much of it as the client stays for."""
         try:
-            with contextlib.suppress(ClientDisconnect):
+            with contextlib.suppress(ClientDisconnect, TimeoutError):
                 await super().__call__(scope, receive, send)
         finally:
-            self._close(self._is_complete)
+            self._close(self._end)

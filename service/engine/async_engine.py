@@ -1,8 +1,7 @@
 """The engine's thread, and the asyncio side that talks to it.
 
-One thread owns the engine: requests, aborts and jobs reach it through an inbox, outputs go back to the event loop in
-one hop per step. A job (one window of a perplexity request) runs between two steps, at most one per step, so generation
-and evaluation share the model without either starving.
+One thread owns the engine: requests and aborts reach it through an inbox, outputs go back to the event loop in one hop
+per step.
 Steps that fail several times in a row, or a loop that ends by itself, are the end of the engine: it takes nothing more,
 everything it holds ends with an error, and ``failure`` says why. Nobody waits for a thread that is gone.
 """
@@ -11,11 +10,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from .admission import Admission, DrainingError
 from .engine import Engine, RequestOutput
@@ -23,24 +18,6 @@ from .generation import Generation
 from .request import FinishReason, Request
 
 logger = logging.getLogger("qerve.engine")
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    function: Callable[[], Any]
-    future: Future[Any]
-
-    def run(self) -> None:
-        if self.future.set_running_or_notify_cancel():
-            try:
-                self.future.set_result(self.function())
-            except Exception as error:  # it belongs to the caller, on the event loop
-                self.future.set_exception(error)
-
-    def drop(self) -> None:
-        if self.future.set_running_or_notify_cancel():
-            self.future.set_exception(DrainingError())
 
 
 class AsyncEngine:
@@ -62,7 +39,6 @@ class AsyncEngine:
         self._generations: dict[str, Generation] = {}
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
-        self._jobs: deque[_Job] = deque()
         self._is_stopping = False
         self._has_ended = True
         self._thread: threading.Thread | None = None
@@ -106,18 +82,23 @@ class AsyncEngine:
             self._is_stopping = True
             self._wake.notify()
 
-    async def stop(self) -> None:
-        """``abandon``, and wait for the thread's end."""
+    async def stop(self, patience_seconds: float = 60.0) -> None:
+        """``abandon``, and wait for the thread's end, which a step that hangs does not come to."""
         self.abandon()
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, patience_seconds)
 
     def begin_drain(self) -> None:
         """Admit nothing more; what was admitted goes on."""
         self.is_draining = True
 
-    def admit(self, num_sequences: int, num_tokens: int = 0) -> Generation:
-        """Room for one call of ``num_sequences`` whose prompts hold about ``num_tokens`` together, taken at once.
+    def admit(self, num_sequences: int, num_tokens: int = 0, *, keeps_seats: bool = False) -> Generation:
+        """Room for one call, taken at once.
+
+        Args:
+            num_sequences: how many of its requests the engine has at the same time.
+            num_tokens: about how many tokens their prompts hold together.
+            keeps_seats: the room is for more requests than that, one after another, until the call is closed.
 
         Raises:
             DrainingError: the server is shutting down.
@@ -125,22 +106,7 @@ class AsyncEngine:
         """
         if self.is_draining or self.failure is not None:
             raise DrainingError
-        return Generation(self, self.admission.reserve(num_sequences, num_tokens))
-
-    async def call(self, function: Callable[[], T]) -> T:
-        """Run ``function`` in the engine's thread between two steps; cancelling before it starts drops it.
-
-        Raises:
-            DrainingError: the engine stopped first.
-        """
-        job = _Job(function, Future())
-        with self._wake:
-            if self._has_ended:
-                raise DrainingError
-            self._jobs.append(job)
-            self._wake.notify()
-        result: T = await asyncio.wrap_future(job.future)
-        return result
+        return Generation(self, self.admission.reserve(num_sequences, num_tokens), keeps_seats)
 
     def add(self, generation: Generation, requests: Sequence[Request]) -> None:
         """Queue ``requests``; their outputs go to ``generation``."""
@@ -174,16 +140,13 @@ class AsyncEngine:
             self._end_all("the server is shutting down" if self._is_stopping else "the engine failed")
 
     def _run_once(self) -> None:
-        """What has arrived, one job, one step."""
+        """What has arrived, then one step."""
         with self._wake:
             self._wake.wait_for(self._has_work)
             inbox, self._inbox = self._inbox, []
-            job = self._jobs.popleft() if self._jobs else None
         try:
             for command in inbox:
                 command()
-            if job is not None:
-                job.run()
             self._publish(self._engine.step())
         except Exception:
             logger.exception("the engine loop failed outside a step")
@@ -195,12 +158,9 @@ class AsyncEngine:
         with self._wake:
             self._has_ended = True
             inbox, self._inbox = self._inbox, []
-            jobs, self._jobs = self._jobs, deque()
         for command in inbox:
             command()
         self._publish(self._engine.fail_all(message))
-        for job in jobs:
-            job.drop()
 
     def _add(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -211,7 +171,7 @@ class AsyncEngine:
                 self._publish([_failed(request, "the engine cannot run this request")])
 
     def _has_work(self) -> bool:
-        return bool(self._inbox or self._jobs or self._engine.has_work or self._is_stopping)
+        return bool(self._inbox or self._engine.has_work or self._is_stopping)
 
     def _publish(self, outputs: Sequence[RequestOutput]) -> None:
         if outputs and self._event_loop is not None:

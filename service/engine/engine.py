@@ -1,12 +1,14 @@
 """The engine's step: schedule, run, sample, collect. Synchronous, single-threaded, knows nothing of HTTP."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from .detokenizer import Decoder, Detokenizer, StopMatcher, TextStream, TokenTexts
 from .health import EngineHealth
+from .logprobs import TokenLogprobs
 from .request import FinishReason, Request
 from .runner import Runner
 from .sampler import sample
@@ -42,13 +44,17 @@ class EngineObserver:
 
 
 class RequestOutput(NamedTuple):
-    """What one step gave one request: ``text`` to append; with ``finish_reason`` it is the last one."""
+    """What one step gave one request: ``text`` to append; with ``finish_reason`` it is the last one.
+
+    prompt_logprobs: of the next scored prompt tokens, in their order
+    """
 
     request_id: str
     text: str = ""
     num_output_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
 
 
 class Engine:
@@ -99,23 +105,30 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """One token for every request whose known tokens this step completes: all but those inside their prompt.
 
+        Requests that are scored get log-probabilities of their prompts' tokens besides, as they are computed.
+
         An exception fails the requests of this step and nothing else.
         """
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return []
         try:
-            tokens = self._run(scheduled)
+            tokens, scores = self._run(scheduled)
         except Exception:
             logger.exception("a step of %d requests failed", len(scheduled))
             self.health.step_failed()
             return [self._fail(item.request, "the model failed on this request") for item in scheduled]
-        return [self._collect(request, token) for request, token in tokens]
+        outputs = [self._collect_scores(item.request, scores.get(item.request, [])) for item in scheduled]
+        # Of a request that failed by its scores, the token is of no use.
+        outputs += [self._collect(request, token) for request, token in tokens if not request.is_finished]
+        return [output for output in outputs if output is not None]
 
-    def _run(self, scheduled: Sequence[ScheduledRequest]) -> list[tuple[Request, int | None]]:
-        """The next token of every request that gets one; None where the logits are not finite."""
+    def _run(
+        self, scheduled: Sequence[ScheduledRequest]
+    ) -> tuple[list[tuple[Request, int | None]], dict[Request, list[TokenLogprobs]]]:
+        """The next token of every request that gets one, None where the logits are not finite; scores of prompts."""
         started = self.clock()
-        logits = self._runner.run(scheduled)
+        logits, scores = self._runner.run(scheduled)
         requests = [item.request for item in scheduled if item.gets_token]
         tokens = [] if logits is None else sample(logits, requests)
         for request, num_new, _ in scheduled:
@@ -125,14 +138,24 @@ class Engine:
         num_tokens = sum(item.num_tokens for item in scheduled)
         self._observer.step_ran(num_tokens)
         self.throughput.step_ran(num_tokens, self.clock() - started)
-        num_broken = tokens.count(None)
-        self.health.step_succeeded(len(tokens) - num_broken, num_broken)
-        return list(zip(requests, tokens, strict=True))
+        self.health.step_succeeded()
+        return list(zip(requests, tokens, strict=True)), scores
+
+    def _collect_scores(self, request: Request, scores: Sequence[TokenLogprobs]) -> RequestOutput | None:
+        """What a step says of a request's prompt; its end, if nothing is to be generated; None: nothing to say."""
+        if not all(math.isfinite(score.logprob) for score in scores):
+            return self._fail_not_finite(request)
+        is_done = request.params.max_tokens == 0 and request.is_prompt_computed
+        if is_done:
+            self._finish(request, FinishReason.LENGTH)
+        elif not scores:
+            return None
+        self.health.request_advanced()
+        return RequestOutput(request.request_id, finish_reason=request.finish_reason, prompt_logprobs=scores)
 
     def _collect(self, request: Request, token: int | None) -> RequestOutput:
         if token is None:
-            self._observer.logits_not_finite()
-            return self._fail(request, "the model produced values that are not finite")
+            return self._fail_not_finite(request)
         try:
             return self._append(request, token)
         except Exception:
@@ -146,6 +169,7 @@ class Engine:
         if previous is None:
             request.first_token_seconds = request.last_token_seconds
         self._observer.token_generated(request, previous)
+        self.health.request_advanced()
         stream = self._texts[request.request_id]
         is_eos = token in self._eos_token_ids and not request.params.ignore_eos
         text = "" if is_eos else stream.push(token)
@@ -162,6 +186,11 @@ class Engine:
             return FinishReason.STOP
         return FinishReason.LENGTH if request.num_output_tokens >= request.params.max_tokens else None
 
+    def _fail_not_finite(self, request: Request) -> RequestOutput:
+        self._observer.logits_not_finite()
+        self.health.request_broke()
+        return self._fail(request, "the model produced values that are not finite")
+
     def _fail(self, request: Request, message: str) -> RequestOutput:
         self._finish(request, FinishReason.ERROR)
         return RequestOutput(request.request_id, "", request.num_output_tokens, FinishReason.ERROR, message)
@@ -169,7 +198,8 @@ class Engine:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self.scheduler.finish(request, reason)
         request.finished_seconds = self.clock()
-        self.throughput.request_finished(request.num_output_tokens)
+        if request.params.max_tokens:
+            self.throughput.request_finished(request.num_output_tokens)
         del self._requests[request.request_id]
         del self._texts[request.request_id]
         self._observer.request_finished(request)

@@ -32,17 +32,22 @@ class GenerationEngine(Protocol):
 class Generation:
     """One call in the engine. Whoever gets one from ``AsyncEngine.admit`` closes it; closing aborts what is unfinished.
 
+    keeps_seats:          a request's end does not free its seat: the next one of the same call takes it
     first_output_seconds: when its first output came, on the engine's clock
+    is_expired:           its deadline passed before it was closed
     """
 
-    def __init__(self, engine: GenerationEngine, reservation: Reservation) -> None:
+    def __init__(self, engine: GenerationEngine, reservation: Reservation, keeps_seats: bool = False) -> None:
         self.arrival_seconds = engine.clock()
         self.first_output_seconds: float | None = None
         self.num_prompt_tokens = 0
+        self.is_expired = False
         self._engine = engine
         self._reservation = reservation
+        self._keeps_seats = keeps_seats
         self._outputs: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
         self._unfinished: set[str] = set()
+        self._is_started = False
         self._queued_tokens: dict[str, int] = {}
         self._num_output_tokens: dict[str, int] = {}
         self._deadline: asyncio.TimerHandle | None = None
@@ -57,23 +62,24 @@ class Generation:
         """Tokens generated so far, of all requests together."""
         return sum(self._num_output_tokens.values())
 
-    def expire_at(self, seconds: float) -> None:
-        """End this call with ``DeadlineExceededError`` at ``seconds`` on the event loop's clock."""
-        self._deadline = asyncio.get_running_loop().call_at(seconds, self._expire)
+    def expire_after(self, seconds: float) -> None:
+        """End this call with ``DeadlineExceededError`` in ``seconds``."""
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self._expire)
 
     def start(self, requests: Sequence[Request]) -> None:
-        """Hand ``requests`` to the engine, one per reserved sequence.
+        """Hand ``requests`` to the engine, at most one per seat that is free.
 
         Raises:
             QueueFullError: their prompts hold more tokens than were reserved, and too many for the queue.
         """
-        queued = {request.request_id: request.num_prompt_tokens for request in requests}
-        self._reservation.resize(sum(queued.values()))
+        self._is_started = True
+        if not self._keeps_seats:
+            self._queued_tokens = {request.request_id: request.num_prompt_tokens for request in requests}
+            self._reservation.resize(sum(self._queued_tokens.values()))
         # The choices of one prompt share its list of tokens: it counts once.
         prompts = {id(request.prompt_token_ids): request.num_prompt_tokens for request in requests}
-        self.num_prompt_tokens = sum(prompts.values())
-        self._queued_tokens = queued
-        self._unfinished = set(queued)
+        self.num_prompt_tokens += sum(prompts.values())
+        self._unfinished |= {request.request_id for request in requests}
         self._engine.add(self, requests)
 
     async def outputs(self) -> AsyncIterator[RequestOutput]:
@@ -97,10 +103,8 @@ class Generation:
         is_last = output.finish_reason is not None
         if is_last:
             self._unfinished.discard(output.request_id)
-        if is_last or output.num_output_tokens:  # its prompt waits no longer
-            num_tokens = self._queued_tokens.pop(output.request_id, 0)
-            if is_last or num_tokens:
-                self._reservation.release(int(is_last), num_tokens)
+        if not self._keeps_seats and (is_last or output.num_output_tokens):  # its prompt waits no longer
+            self._reservation.release(int(is_last), self._queued_tokens.pop(output.request_id, 0))
 
     def close(self) -> None:
         """Abort what is unfinished and give the reservation back; once is enough, twice does no harm."""
@@ -111,5 +115,8 @@ class Generation:
         self._reservation.close()
 
     def _expire(self) -> None:
+        if self._is_started and self.is_finished:  # only its reader is late
+            return
+        self.is_expired = True
         self._engine.abort(self._unfinished)
         self._outputs.put_nowait(None)

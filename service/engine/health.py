@@ -1,33 +1,37 @@
-"""Whether the engine can still be trusted: steps that fail, and logits that are not finite, counted in a row."""
+"""Whether the engine can still be trusted: steps that fail, and values that are not finite, counted in a row."""
 
-MAX_BROKEN_STEPS = 3
-"""Steps in a row with logits that are not finite, and none that is, after which no requests should be sent here."""
+MAX_BROKEN_REQUESTS = 3
+"""Requests in a row with values that are not finite, and no good one, after which none should be sent here."""
 
 
 class EngineHealth:
     """Counts since the last success. Written by the engine's thread and read by others.
 
-    num_failed_steps: steps that raised an exception
-    num_broken_steps: steps in which logits were not finite and no request got a token
+    num_failed_steps:    steps that raised an exception
+    num_broken_requests: requests that ended because the model's values were not finite
     """
 
     def __init__(self) -> None:
         self.num_failed_steps = 0
-        self.num_broken_steps = 0
+        self.num_broken_requests = 0
 
     def step_failed(self) -> None:
         """A step raised an exception."""
         self.num_failed_steps += 1
 
-    def step_succeeded(self, num_tokens: int, num_broken: int) -> None:
-        """A step ran: ``num_tokens`` requests got a token, ``num_broken`` had logits that are not finite."""
+    def step_succeeded(self) -> None:
+        """A step ran to its end."""
         self.num_failed_steps = 0
-        if num_tokens:
-            self.num_broken_steps = 0
-        elif num_broken:
-            self.num_broken_steps += 1
+
+    def request_broke(self) -> None:
+        """The model's values for a request were not finite."""
+        self.num_broken_requests += 1
+
+    def request_advanced(self) -> None:
+        """The model's values for a request were good."""
+        self.num_broken_requests = 0
 
     @property
     def is_sound(self) -> bool:
         """Requests may be sent here."""
-        return self.num_broken_steps < MAX_BROKEN_STEPS
+        return self.num_broken_requests < MAX_BROKEN_REQUESTS

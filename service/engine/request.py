@@ -21,6 +21,8 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How the next token is chosen and when generation ends.
 
+    max_tokens: tokens to generate; 0: the prompt is computed, and scored if that is asked for, and that is all
+    num_prompt_logprobs: score the prompt, with so many of the likeliest tokens at each place; None: do not
     top_k:  keep the k most likely tokens; 0: all
     top_p:  of those, keep the fewest that hold this share of the probability
     min_p:  before both, drop tokens less likely than this fraction of the most likely one
@@ -36,6 +38,7 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    num_prompt_logprobs: int | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -52,6 +55,7 @@ class SamplingParams:
 class Request:
     """One sequence from admission to its last token.
 
+    score_from:          first prompt token that is scored, if the prompt is; the very first has nothing to follow from
     block_table:         cache blocks it holds, in the order of its tokens
     num_computed_tokens: leading tokens whose keys and values are in the cache
     *_seconds:           times on the engine's clock
@@ -61,6 +65,7 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     arrival_seconds: float = 0.0
+    score_from: int = 1
     output_token_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
@@ -73,6 +78,25 @@ class Request:
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.params.seed)  # noqa: S311 draws tokens, not secrets
+
+    @property
+    def is_scored(self) -> bool:
+        """Prompt tokens get log-probabilities."""
+        return self.params.num_prompt_logprobs is not None
+
+    @property
+    def num_cacheable_tokens(self) -> int:
+        """Leading prompt tokens that need not be computed when their keys and values are at hand.
+
+        The last one has to be, for the logits of the next; so has whatever a scored token follows on.
+        """
+        return (self.score_from if self.is_scored else self.num_prompt_tokens) - 1
+
+    def scored_between(self, start: int, end: int) -> range:
+        """Prompt tokens whose log-probabilities tokens ``start .. end`` give: those that follow on them."""
+        if not self.is_scored:
+            return range(0)
+        return range(max(start + 1, self.score_from), min(end + 1, self.num_prompt_tokens))
 
     @property
     def num_prompt_tokens(self) -> int:

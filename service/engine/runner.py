@@ -1,15 +1,16 @@
-"""One forward pass over the scheduled requests: from requests to numbers, and logits back."""
+"""One forward pass over the scheduled requests: from requests to numbers, logits and scores back."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from models.llama.batch import SequenceSpan, TokenBatch
+from models.llama.batch import Batch, SequenceSpan, TokenBatch
 from models.llama.network import KVCache
 
 from .block_manager import BLOCK_SIZE
+from .logprobs import TokenLogprobs, score_rows
 from .request import Request
 from .scheduler import ScheduledRequest
 
@@ -23,9 +24,29 @@ class ServedModel(Protocol):
         ...
 
     # Any: a network takes the caches that it makes itself.
+    def __call__(self, batch: Batch, kv_cache: Any = None) -> Tensor:
+        """Hidden states (num_tokens, hidden_size) that ``logits`` takes."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``hidden`` (n, hidden_size) -> (n, vocab_size) float32."""
+        ...
+
     def step(self, tokens: TokenBatch, kv_cache: Any) -> Tensor | None:
         """Logits (n, vocab_size) float32 of the n ``tokens.logit_rows``, maybe only until the next step."""
         ...
+
+
+class StepResult(NamedTuple):
+    """What a forward pass gives.
+
+    logits:        (n, vocab_size) float32 for the next token of the n requests that get one; None where none does. The
+                   next pass may write over them
+    prompt_scores: of the prompt tokens that follow on those computed, for requests that are scored
+    """
+
+    logits: Tensor | None
+    prompt_scores: dict[Request, list[TokenLogprobs]]
 
 
 class Runner:
@@ -37,12 +58,29 @@ class Runner:
         self._block_size = block_size
         self._slots: dict[Request, Tensor] = {}
 
-    def run(self, scheduled: Sequence[ScheduledRequest]) -> Tensor | None:
-        """Logits (n, vocab_size) float32 for the next token of the n requests that get one; None where none does.
+    def run(self, scheduled: Sequence[ScheduledRequest]) -> StepResult:
+        """One step of all of ``scheduled``."""
+        tokens = self._tokens(scheduled)
+        if not any(item.request.is_scored for item in scheduled):
+            return StepResult(self._model.step(tokens, self._kv_cache), {})
+        return self._run_and_score(scheduled, tokens)
 
-        The next call may write over them.
-        """
-        return self._model.step(self._tokens(scheduled), self._kv_cache)
+    @torch.inference_mode()
+    def _run_and_score(self, scheduled: Sequence[ScheduledRequest], tokens: TokenBatch) -> StepResult:
+        batch, logit_rows = tokens.tensors(self._model.device)
+        hidden = self._model(batch, self._kv_cache)
+        logits = self._model.logits(hidden[logit_rows]) if tokens.logit_rows else None
+        scores = {}
+        for item, span in zip(scheduled, tokens.spans, strict=True):
+            request, first = item.request, item.request.num_computed_tokens
+            scored = request.scored_between(first, first + item.num_tokens)
+            if scored:
+                rows = slice(span.start + scored.start - 1 - first, span.start + scored.stop - 1 - first)
+                token_ids = request.prompt_token_ids[scored.start : scored.stop]
+                scores[request] = score_rows(
+                    self._model.logits, hidden[rows], token_ids, request.params.num_prompt_logprobs or 0
+                )
+        return StepResult(logits, scores)
 
     def _tokens(self, scheduled: Sequence[ScheduledRequest]) -> TokenBatch:
         """The step, with logits of the last known token of every request that gets its next one."""

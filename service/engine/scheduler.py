@@ -19,7 +19,7 @@ from .request import FinishReason, Request
 class ScheduledRequest(NamedTuple):
     """``num_tokens`` tokens of ``request``, from its first uncomputed one on, are computed in this step.
 
-    gets_token: they are all that is known of it, so that the step gives its next token
+    gets_token: they are all that is known of it, so that the step gives its next token, and it wants one
     """
 
     request: Request
@@ -75,7 +75,7 @@ class Scheduler:
             if num_tokens == 0 or not self._has_started(request):
                 break
             is_last_chunk = num_tokens == request.num_uncomputed_tokens
-            step.append(ScheduledRequest(request, num_tokens, is_last_chunk))
+            step.append(ScheduledRequest(request, num_tokens, is_last_chunk and request.params.max_tokens > 0))
             if not is_last_chunk:
                 break
             budget -= num_tokens

@@ -144,6 +144,9 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return bytes(token for token in ids if token < EOS).decode("utf-8", errors="replace")
 
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        return [chr(token) if token < EOS else f"<{token}>" for token in ids]
+
     def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if messages[-1]["role"] != "user":
             raise ValueError("the chat template rejects these messages: the last one must be the user's")

@@ -1,11 +1,11 @@
-"""The engine's thread: delivery, admission, jobs between steps, aborts, the end."""
+"""The engine's thread: delivery, admission, aborts, the end."""
 
 import asyncio
-import threading
 
 import pytest
 
-from service.engine.async_engine import AsyncEngine, DrainingError, QueueFullError
+from service.engine.admission import DrainingError, QueueFullError
+from service.engine.async_engine import AsyncEngine
 from service.engine.request import FinishReason
 from tests.support.fake_model import FakeModel, Faults
 from tests.unit.test_engine_step import greedy_text, make_engine, make_request
@@ -80,46 +80,25 @@ async def test_closing_a_call_aborts_what_runs_and_frees_its_blocks(running):
     generation.start([make_request("a", max_tokens=200)])
     assert await anext(generation.outputs())
     generation.close()
-    await engine.call(lambda: None)  # the thread has been through its inbox
     blocks = engine._engine.scheduler.blocks
-    assert blocks.num_used_blocks == 0
+    while blocks.num_used_blocks:  # the thread takes it from its inbox
+        await asyncio.sleep(0.001)
     assert engine.is_idle
 
 
-async def test_jobs_run_in_the_engines_thread_one_between_two_steps(running):
-    model = FakeModel(faults=Faults(step_seconds=0.002))
-    engine = running(model)
-
-    def job():
-        return len(model.batch_sizes), threading.current_thread().name
-
-    scoring = asyncio.gather(*(engine.call(job) for _ in range(5)))
-    texts, _ = await collect(engine.admit(1), [make_request("a", max_tokens=30)])
-    jobs = await scoring
-    assert {thread for _, thread in jobs} == {"qerve-engine"}
-    assert len({num_steps for num_steps, _ in jobs}) == 5  # never two jobs without a step in between
-    assert texts["a"] == greedy_text("hello", 30)
-
-
-async def test_a_failing_job_fails_its_caller_only(running):
-    engine = running()
-    with pytest.raises(ZeroDivisionError):
-        await engine.call(lambda: 1 // 0)
-    assert (await collect(engine.admit(1), [make_request("a")]))[0]["a"] == greedy_text("hello")
-
-
-async def test_a_job_cancelled_before_it_starts_never_runs(running):
-    engine = running()
-    blocker, ran = threading.Event(), []
-    first = asyncio.create_task(engine.call(blocker.wait))
-    second = asyncio.create_task(engine.call(lambda: ran.append(1)))
-    await asyncio.sleep(0.01)
-    second.cancel()
-    await asyncio.sleep(0)
-    blocker.set()
-    await first
-    await engine.call(lambda: None)
-    assert ran == []
+async def test_a_call_that_keeps_its_seats_runs_request_after_request_on_them(running):
+    engine = running(capacity=2)
+    call = engine.admit(1, keeps_seats=True)
+    texts = {}
+    for name in ("one", "two", "three"):
+        call.start([make_request(name, name)])
+        async for output in call.outputs():
+            texts[output.request_id] = texts.get(output.request_id, "") + output.text
+        with pytest.raises(QueueFullError):
+            engine.admit(2)
+    call.close()
+    assert texts == {name: greedy_text(name) for name in ("one", "two", "three")}
+    assert engine.is_idle
 
 
 async def test_a_request_the_engine_cannot_queue_fails_alone(running, caplog):
@@ -168,4 +147,4 @@ async def test_stopping_ends_running_waiting_and_late_requests_with_an_error(run
         _, reasons = await work
         assert set(reasons.values()) == {FinishReason.ERROR}
     with pytest.raises(DrainingError):
-        await engine.call(lambda: None)
+        engine.admit(1)

@@ -1,6 +1,7 @@
 """The engine's step over the fake model, whose every token depends on all tokens before it as the cache holds them."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +11,7 @@ from service.engine.engine import Engine, EngineObserver
 from service.engine.request import FinishReason, Request, SamplingParams
 from service.engine.runner import Runner
 from service.engine.scheduler import Scheduler
-from tests.support.fake_model import BrokenModel, ByteTokenizer, FakeModel, Faults
+from tests.support.fake_model import BrokenModel, ByteTokenizer, FakeModel, Faults, state_of
 
 TOKENIZER = ByteTokenizer()
 
@@ -272,3 +273,65 @@ def test_a_step_without_requests_does_nothing():
 def test_a_request_larger_than_the_cache_is_refused_when_added():
     with pytest.raises(ValueError, match="the cache holds 32"):
         make_engine(num_blocks=2).add(make_request("a", "x" * 20))
+
+
+def nlls_of(tokens):
+    """-log p of every token but the first after those before it, from the definition."""
+    logits = [FakeModel().logits(torch.tensor([[float(state_of(tokens[:end]))]]))[0] for end in range(1, len(tokens))]
+    return [-row.double().log_softmax(0)[token].item() for row, token in zip(logits, tokens[1:], strict=True)]
+
+
+def scores_of(engine, request):
+    """All log-probabilities that a request gets, and its outputs."""
+    engine.add(request)
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+    return [score for output in outputs for score in output.prompt_logprobs], outputs
+
+
+@given(st.text("abc ", min_size=2, max_size=70), st.integers(1, 70), st.integers(16, 80), st.integers(0, 3))
+@settings(deadline=None, max_examples=40)
+def test_prompts_are_scored_from_where_it_is_asked_for_however_they_are_cut(text, score_from, budget, num_generated):
+    engine = make_engine(max_num_batched_tokens=budget)
+    request = make_request("a", text, max_tokens=num_generated, num_prompt_logprobs=2)
+    request.score_from = min(score_from, len(text) - 1)
+    scores, outputs = scores_of(engine, request)
+    tokens = TOKENIZER.encode(text)
+    assert [score.token_id for score in scores] == tokens[request.score_from :]
+    want = nlls_of(tokens)[request.score_from - 1 :]
+    assert [-score.logprob for score in scores] == pytest.approx(want, rel=1e-5)
+    for score in scores:
+        (best, highest), (_, second) = score.top
+        assert highest >= second >= score.logprob or best == score.token_id
+    assert "".join(output.text for output in outputs) == (greedy_text(text, num_generated) if num_generated else "")
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+    assert engine.scheduler.blocks.num_used_blocks == 0
+
+
+def test_a_request_for_no_tokens_computes_its_prompt_and_ends():
+    observer = Recorder()
+    engine = make_engine(observer=observer)
+    engine.add(make_request("a", "hello", max_tokens=0))
+    (output,) = engine.step()
+    assert (output.text, output.finish_reason, output.num_output_tokens) == ("", FinishReason.LENGTH, 0)
+    assert (observer.steps, observer.gaps) == ([5], [])
+
+
+def test_scores_that_are_not_finite_fail_the_request_that_also_generates():
+    observer = Recorder()
+    engine = make_engine(BrokenModel(faults=Faults(nan_on=ord("#"))), observer=observer)
+    good = make_request("good")
+    engine.add(good)
+    _, outputs = scores_of(engine, make_request("bad", "a#b", num_prompt_logprobs=0))
+    assert {output.request_id: output.finish_reason for output in outputs if output.finish_reason} == {
+        "good": FinishReason.LENGTH,
+        "bad": FinishReason.ERROR,
+    }
+    assert observer.num_nonfinite == 1
+
+
+def test_what_scores_depend_on_is_not_left_to_a_cache_of_prompts():
+    plain, scored = make_request("a", "hello"), make_request("b", "hello", num_prompt_logprobs=0)
+    scored.score_from = 3
+    assert (plain.num_cacheable_tokens, scored.num_cacheable_tokens) == (4, 2)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from models.cli import make_cli
 from models.errors import QerveError
-from service.cli import serve
+from service.cli_serve import serve
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from models.errors import QerveError
-from service.settings import parse_size, read_settings
+from service.configuration import read_settings
+from service.settings import parse_size
 
 
 @pytest.fixture(autouse=True)
