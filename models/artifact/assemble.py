@@ -22,6 +22,7 @@ from .format import (
     Component,
     FileRecord,
     Manifest,
+    Probe,
     TensorName,
     TensorRecord,
     qerve_version,
@@ -138,6 +139,7 @@ def build_manifest(
     checkpoint_fingerprint: str,
     calibration_fingerprint: str | None,
     evaluation: Mapping[str, int | float],
+    probe: Probe | None = None,
 ) -> Manifest:
     """The manifest of the finished ``shards`` (in order) and the other ``files``.
 
@@ -165,6 +167,7 @@ def build_manifest(
         "effective_bits": effective_bits(linears),
         "dense_bytes": dense_bytes(config),
         "evaluation": dict(evaluation),
+        "probe": probe,
         "manifest_sha256": "0" * 64,
     }
     try:

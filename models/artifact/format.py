@@ -84,6 +84,19 @@ class TensorRecord(Record):
     sha256: Sha256
 
 
+class Probe(Record):
+    """The beginning of the holdout, with what the build measured on it: a loaded artifact can be checked against it.
+
+    token_ids:     what is fed, from a sequence's first token on
+    dense_nll:     nats per token of the dense network, over all tokens but the first
+    quantized_nll: of the quantized one
+    """
+
+    token_ids: Annotated[tuple[Count, ...], Field(min_length=2, max_length=4096)]
+    dense_nll: Annotated[float, Field(ge=0)]
+    quantized_nll: Annotated[float, Field(ge=0)]
+
+
 class Manifest(Record):
     """``quantization.json``: what the artifact is, how it was made, and what vouches for every byte of it.
 
@@ -98,6 +111,7 @@ class Manifest(Record):
     effective_bits:  stored bits per weight over all of ``linears``
     dense_bytes:     what all parameters of the checkpoint take at 16 bits
     evaluation:      what the build measured, e.g. dense and quantized perplexity
+    probe:           a text to check it by once it is loaded; None: the build had no holdout
     manifest_sha256: of the canonical JSON of all the other fields
     """
 
@@ -114,6 +128,7 @@ class Manifest(Record):
     effective_bits: Annotated[float, Field(gt=0)]
     dense_bytes: Count
     evaluation: dict[str, int | float]
+    probe: Probe | None = None
     manifest_sha256: Sha256
 
     @property

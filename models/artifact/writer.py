@@ -27,6 +27,7 @@ from .format import (
     REPORT_FILE,
     FileRecord,
     Manifest,
+    Probe,
     qerve_version,
     shard_name,
 )
@@ -162,6 +163,7 @@ class ArtifactWriter:
         checkpoint_fingerprint: str,
         calibration_fingerprint: str | None,
         evaluation: Mapping[str, int | float],
+        probe: Probe | None = None,
         report: Callable[[Manifest], bytes] | None = None,
     ) -> Manifest:
         """Write everything else, verify the whole artifact, and give it its name.
@@ -187,6 +189,7 @@ class ArtifactWriter:
                 checkpoint_fingerprint=checkpoint_fingerprint,
                 calibration_fingerprint=calibration_fingerprint,
                 evaluation=dict(evaluation),
+                probe=probe,
             )
             manifest = describe(files)
             if report is not None:

@@ -25,7 +25,7 @@ from ..report.layers import artifact_report
 from .calibrate import calibration_tokens
 from .end_to_end import train_end_to_end, trains_end_to_end
 from .footprint import memory_bound_bytes
-from .holdout import holdout_evaluation
+from .holdout import HoldoutEvaluation, evaluate_holdout
 from .layer import LayerBuilder
 from .observer import BuildObserver, SilentObserver
 from .plan import check_build
@@ -111,7 +111,7 @@ def build_artifact(
             streams = train_end_to_end(
                 prepared.checkpoint, prepared.config, writer, tokens, streams=streams, device=device, observer=observer
             )
-        evaluation = holdout_evaluation(prepared.checkpoint, streams, writer.read_vocabulary())
+        evaluation = evaluate_holdout(prepared.checkpoint, streams, writer.read_vocabulary())
         manifest = _finish(writer, prepared.checkpoint, config, tokens, evaluation)
     return BuildReport(
         artifact=str(out),
@@ -119,9 +119,9 @@ def build_artifact(
         peak_memory_bytes=building.growth_bytes,
         preparation_peak_bytes=preparing.growth_bytes,
         memory_bound_bytes=memory_bound_bytes(checkpoint.config, streams.largest_batch, streams.nbytes),
-        dense_perplexity=evaluation.get("dense_perplexity"),
-        quantized_perplexity=evaluation.get("quantized_perplexity"),
-        dense_vocabulary_perplexity=evaluation.get("dense_vocabulary_perplexity"),
+        dense_perplexity=evaluation.values.get("dense_perplexity"),
+        quantized_perplexity=evaluation.values.get("quantized_perplexity"),
+        dense_vocabulary_perplexity=evaluation.values.get("dense_vocabulary_perplexity"),
         effective_bits=manifest.effective_bits,
         artifact_bytes=directory_bytes(out),
         dense_bytes=checkpoint.dense_bytes,
@@ -180,7 +180,7 @@ def _finish(
     checkpoint: Checkpoint,
     config: BuildConfig,
     tokens: CalibrationTokens,
-    evaluation: dict[str, int | float],
+    evaluation: HoldoutEvaluation,
 ) -> Manifest:
     """Give the artifact its name, with everything that the shards do not hold."""
     return writer.finish(
@@ -190,7 +190,8 @@ def _finish(
         tokenizer_files=checkpoint.tokenizer_files,
         checkpoint_fingerprint=checkpoint.fingerprint,
         calibration_fingerprint=tokens.fingerprint if len(tokens.statistics) else None,
-        evaluation=evaluation,
+        evaluation=evaluation.values,
+        probe=evaluation.probe,
         report=artifact_report,
     )
 

@@ -11,6 +11,7 @@ import torch
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
+from models.artifact.format import Probe
 from models.errors import EvaluationError
 from models.evaluate.perplexity import PerplexityResult, Window, plan_windows, summarize
 
@@ -34,7 +35,10 @@ router = APIRouter()
 async def perplexity(
     request: Request, context: ContextDep, body: Annotated[PerplexityBody, Depends(json_body(PerplexityBody))]
 ) -> Response:
-    """Negative log-likelihood (nats per token) and perplexity of a text or of token ids."""
+    """Negative log-likelihood (nats per token) and perplexity of a text, of token ids, or of the artifact's probe.
+
+    Of the probe, the answer also has what the build measured of the dense network and of the quantized one.
+    """
     body.check()
     context.check_model(body.model)
     with ExitStack() as stack:
@@ -51,10 +55,19 @@ async def perplexity(
 async def _tokens(context: Context, body: PerplexityBody) -> list[int]:
     if body.text is not None:
         token_ids, param = await asyncio.to_thread(context.loaded.tokenizer.encode, body.text), "text"
+    elif body.token_ids is not None:
+        token_ids, param = body.token_ids, "token_ids"
     else:
-        token_ids, param = body.token_ids or [], "token_ids"
+        token_ids, param = list(_probe(context).token_ids), "probe"
     check_token_ids(context, token_ids, param)
     return token_ids
+
+
+def _probe(context: Context) -> Probe:
+    probe = context.info.manifest.probe
+    if probe is None:
+        raise bad_request("The artifact holds no probe: its build had no holdout. Give text or token_ids.", "probe")
+    return probe
 
 
 def _plan(context: Context, body: PerplexityBody, num_tokens: int) -> list[Window]:
@@ -123,6 +136,19 @@ def _answer(context: Context, body: PerplexityBody, result: PerplexityResult) ->
         "num_tokens": result.num_tokens,
         "num_windows": result.num_windows,
     }
+    if body.probe:
+        answer["probe"] = _comparison(_probe(context), result)
     if body.return_token_nlls:
         answer["token_nlls"] = result.token_nlls.tolist()
     return answer
+
+
+def _comparison(probe: Probe, result: PerplexityResult) -> dict[str, float]:
+    """Perplexities of the probe as the build measured them, and how far the served model is from the dense network."""
+    dense = math.exp(probe.dense_nll)
+    return {
+        "dense_perplexity": dense,
+        "quantized_perplexity": math.exp(probe.quantized_nll),
+        "delta_to_dense": result.perplexity - dense,
+        "ratio_to_dense": result.perplexity / dense,
+    }

@@ -227,8 +227,9 @@ class ChatBody(GenerationBody):
 
 
 class PerplexityBody(Body):
-    """``POST /v1/perplexity``: ``text`` or ``token_ids``.
+    """``POST /v1/perplexity``: ``text``, ``token_ids`` or ``probe``.
 
+    probe:  score the text that the artifact's build scored, dense and quantized, to compare with it
     window: tokens of one forward pass; default 1024 or the context, whichever is less
     stride: tokens between two windows; default: the window, so that they do not overlap
     """
@@ -236,14 +237,19 @@ class PerplexityBody(Body):
     model: ModelName | None = None
     text: str | None = None
     token_ids: TokenIdsField | None = None
+    probe: Literal[True] | None = None
     window: int | None = Field(default=None, ge=2, le=MAX_INT32)
     stride: int | None = Field(default=None, ge=1, le=MAX_INT32)
     max_windows: int | None = Field(default=None, ge=1, le=MAX_INT32)
     return_token_nlls: bool = False
 
     def check(self) -> None:
-        """Raise 400 unless exactly one of ``text`` and ``token_ids`` is given and not empty."""
-        if (self.text is None) == (self.token_ids is None):
-            raise bad_request("Give either text or token_ids.", "text")
-        if not self.text and not self.token_ids:
-            raise bad_request("The text is empty.", "text" if self.token_ids is None else "token_ids")
+        """Raise 400 unless exactly one of ``text``, ``token_ids`` and ``probe`` is given and not empty."""
+        self.refuse_unsupported()
+        sources = {"text": self.text, "token_ids": self.token_ids, "probe": self.probe}
+        given = {name: value for name, value in sources.items() if value is not None}
+        if len(given) != 1:
+            raise bad_request("Give one of text, token_ids and probe.", next(iter(given), "text"))
+        ((name, value),) = given.items()
+        if not value:
+            raise bad_request("The text is empty.", name)

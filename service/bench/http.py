@@ -1,6 +1,7 @@
 """The engine behind a real uvicorn on a local port: the same requests, streamed by a client process."""
 
 import asyncio
+import socket
 import sys
 import threading
 import time
@@ -43,7 +44,7 @@ def http_probe(loaded: LoadedModel, workload: Workload, num_sequences: int) -> I
     script = str(Path(__file__).with_name("http_client.py"))
     with bind(_HOST, 0) as listener, Worker("the HTTP client", [sys.executable, script]) as client:
         server = DrainingServer(app, log_level="warning")
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+        thread = threading.Thread(target=lambda: _serve(server, listener), daemon=True)
         thread.start()
         try:
             _wait_for_start(server, thread)
@@ -64,6 +65,12 @@ def http_probe(loaded: LoadedModel, workload: Workload, num_sequences: int) -> I
         finally:
             server.should_exit = True
             thread.join(_PATIENCE_SECONDS)
+
+
+def _serve(server: DrainingServer, listener: socket.socket) -> None:
+    """On the event loop that ``qerve serve`` runs on."""
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(server.serve(sockets=[listener]))
 
 
 def _wait_for_start(server: DrainingServer, thread: threading.Thread) -> None:

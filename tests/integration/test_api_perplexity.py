@@ -1,12 +1,13 @@
 """POST /v1/perplexity against a plain loop over the fake model in double precision."""
 
 import concurrent.futures
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from tests.support.api_server import live_server
+from tests.support.api_server import live_loaded_server, live_server
 from tests.support.fake_model import BrokenModel, ByteTokenizer, FakeModel, FakeParts, Faults, state_of
 
 TEXT = "the quick brown fox jumps over the lazy dog, again and again. "
@@ -14,6 +15,7 @@ TEXT = "the quick brown fox jumps over the lazy dog, again and again. "
 WRONG_BODIES = {
     "text": [{}, {"text": "a", "token_ids": [1, 2]}, {"text": ""}, {"text": "a"}, {"text": 5}, {"text": ["a", "b"]}],
     "token_ids": [{"token_ids": ids} for ids in ([], [1], [1, 258], [1, -1], "1 2")],
+    "probe": [{"probe": False}, {"probe": "yes"}],
     "window": [{"text": "ab", "window": window} for window in (1, 257, 10**20, "8")],
     "stride": [{"text": "ab", "stride": 0}, {"text": "ab", "window": 8, "stride": 9}],
     "max_windows": [{"text": "ab", "max_windows": 0}],
@@ -73,6 +75,27 @@ def test_token_ids_score_as_their_text_and_values_are_left_out_unless_asked_for(
     by_text, by_ids = score(server, text=TEXT), score(server, token_ids=list(TEXT.encode()))
     assert by_text == by_ids
     assert "token_nlls" not in by_text
+
+
+def test_the_probe_is_compared_with_what_the_build_measured_on_it(server):
+    tokens = list(b"a probe of the fake model")
+    got = score(server, probe=True)
+    assert got["nll"] == pytest.approx(sum(oracle(tokens, 256, 256)) / (len(tokens) - 1), rel=1e-5)
+    assert got["probe"] == {
+        "dense_perplexity": pytest.approx(math.exp(3.0)),
+        "quantized_perplexity": pytest.approx(math.exp(3.1)),
+        "delta_to_dense": pytest.approx(got["perplexity"] - math.exp(3.0)),
+        "ratio_to_dense": pytest.approx(got["perplexity"] / math.exp(3.0)),
+    }
+    assert "probe" not in score(server, text=TEXT)
+
+
+def test_without_a_probe_in_the_artifact_asking_for_it_is_refused():
+    parts = FakeParts()
+    loaded = parts.loaded()
+    bare = dataclasses.replace(loaded, manifest=loaded.manifest.model_copy(update={"probe": None}))
+    with live_loaded_server(bare, model_name="fake", kv_cache_memory="16KiB") as server:
+        assert refuse(server, probe=True)["param"] == "probe"
 
 
 def test_max_windows_scores_the_beginning(server):

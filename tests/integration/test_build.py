@@ -122,6 +122,13 @@ def test_recorded_perplexities_are_those_of_transformers_and_of_the_loaded_artif
     assert report.dense_perplexity == pytest.approx(dense, rel=1e-4)
     assert report.quantized_perplexity == pytest.approx(quantized.perplexity, rel=1e-4)
     assert loaded.manifest.evaluation["num_tokens"] == quantized.num_tokens
+    probe = loaded.manifest.probe
+    assert list(probe.token_ids) == holdout[0].tolist()
+    first = torch.nn.functional.cross_entropy(logits[: LENGTH - 1], holdout[0, 1:]).item()
+    assert probe.dense_nll == pytest.approx(first, rel=1e-4)
+    assert probe.quantized_nll == pytest.approx(
+        score_window(loaded.model, holdout[0], LENGTH - 1).mean().item(), rel=1e-4
+    )
 
 
 def test_two_builds_are_byte_identical_wherever_the_calibration_file_lies(checkpoint_dir, token_file, tmp_path):
@@ -211,6 +218,7 @@ def test_a_method_without_statistics_builds_without_calibration(checkpoint_dir, 
     report = build_artifact(open_checkpoint(str(checkpoint_dir)), tmp_path / "a", config)
     manifest = load_artifact(tmp_path / "a").manifest
     assert report.dense_perplexity is None
+    assert manifest.probe is None
     assert manifest.calibration_fingerprint is None
     assert all(record.relative_output_error is None for record in manifest.linears.values())
 

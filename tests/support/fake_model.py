@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.artifact.execution import Execution
-from models.artifact.format import Manifest, TensorRecord, self_hash
+from models.artifact.format import Manifest, Probe, TensorRecord, self_hash
 from models.artifact.load import LoadedModel
 from models.config import BuildConfig
 from models.llama.batch import Batch, TokenBatch
@@ -188,6 +188,7 @@ def fake_manifest() -> Manifest:
         "effective_bits": 4.75,
         "dense_bytes": 5000,
         "evaluation": {"quantized_perplexity": 27.7},
+        "probe": Probe(token_ids=tuple(b"a probe of the fake model"), dense_nll=3.0, quantized_nll=3.1),
         "manifest_sha256": "0" * 64,
     }
     draft = Manifest(**values)
