@@ -76,7 +76,7 @@ def test_metrics_are_offered_as_openmetrics_too(server):
 def test_http_requests_are_counted_by_route_template_and_never_by_path(server):
     server.get("/v1/models/some-made-up-name")
     server.get("/made/up/path")
-    server.client.request("MADEUP", "/made/up/path")
+    server.client.request("PROPFIND", "/made/up/path")
     server.post("/v1/completions", json={"prompt": ""})
     count = server.metric
     assert count("qerve_http_requests_total", path="/v1/models/{model_id}", status="404", method="GET") == 1
