@@ -51,11 +51,22 @@ class DescriptorHandler(logging.Handler):
             return
 
 
-class _DroppingQueueHandler(logging.handlers.QueueHandler):
-    """Drops lines when too many wait."""
+class DroppingQueueHandler(logging.handlers.QueueHandler):
+    """Passes lines on to the thread that writes them, and drops them when too many wait.
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 the name of the base class
-        """The queue is full."""
+    A ``SimpleQueue``, since a signal handler that logs may interrupt a line of the same thread: it has no lock to wait
+    for.
+    """
+
+    def __init__(self, lines: "queue.SimpleQueue[logging.LogRecord]", max_waiting: int = MAX_WAITING_LINES) -> None:
+        super().__init__(lines)
+        self._lines = lines
+        self._max_waiting = max_waiting
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Never waits."""
+        if self._lines.qsize() < self._max_waiting:
+            self._lines.put(record)
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         """The record as it is: it stays in this process, and the formatter wants its traceback."""
@@ -70,8 +81,8 @@ def logging_to_stderr(level: str, log_format: str) -> Iterator[None]:
     """
     writer = DescriptorHandler()
     writer.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter(TEXT_FORMAT))
-    lines: queue.Queue[logging.LogRecord] = queue.Queue(MAX_WAITING_LINES)
-    listener, handler = logging.handlers.QueueListener(lines, writer), _DroppingQueueHandler(lines)
+    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    listener, handler = logging.handlers.QueueListener(lines, writer), DroppingQueueHandler(lines)
     root = logging.getLogger()
     level_before = root.level
     root.addHandler(handler)

@@ -38,7 +38,7 @@ class DrainingServer(uvicorn.Server):
         self.failure: str | None = None
         self._app = app
         self._drain_started: float | None = None
-        self._is_stop_requested = False
+        self._stop_signal: int | None = None
         self._is_reload_requested = False
 
     @property
@@ -49,11 +49,10 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal arrived; ``on_tick`` acts on it, on the event loop."""
-        if self._is_stop_requested or not self.started:
+        if self._stop_signal is not None or not self.started:
             super().handle_exit(sig, frame)
             return
-        self._is_stop_requested = True
-        logger.info("%s: no new requests; those that run may finish", signal.Signals(sig).name)
+        self._stop_signal = sig
 
     def handle_reload(self, sig: int, frame: FrameType | None) -> None:
         """A signal asks to read the API keys again; ``on_tick`` does it."""
@@ -68,14 +67,15 @@ class DrainingServer(uvicorn.Server):
         if self.failure is None and context is not None:
             self.failure = context.engine.failure
             self.should_exit = self.should_exit or self.failure is not None
-        if self._is_stop_requested and not self.should_exit:
-            self.should_exit = context is None or self._is_drained(context)
+        if self._stop_signal is not None and not self.should_exit:
+            self.should_exit = context is None or self._is_drained(context, self._stop_signal)
         return await super().on_tick(counter)
 
-    def _is_drained(self, context: Context) -> bool:
+    def _is_drained(self, context: Context, stop_signal: int) -> bool:
         engine = context.engine
         if self._drain_started is None:
             self._drain_started = time.monotonic()
+            logger.info("%s: no new requests; those that run may finish", signal.Signals(stop_signal).name)
             engine.begin_drain()
         waited = time.monotonic() - self._drain_started
         if engine.is_idle or waited < context.settings.drain_timeout_seconds:
