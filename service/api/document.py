@@ -44,6 +44,12 @@ _ERRORS = {
     "503": "The model is being loaded, or the server is shutting down: see Retry-After",
 }
 _ERRORS_OF_GET = ("401", "404", "500", "503")
+_EVENT = {
+    "type": "object",
+    "description": "Each event",
+    "properties": {"data": {"type": "string", "description": "A chunk or an error as JSON, at the end [DONE]"}},
+    "required": ["data"],
+}
 _JSON = "application/json"
 _READ: Literal["validation"] = "validation"
 _WRITTEN: Literal["serialization"] = "serialization"
@@ -77,7 +83,7 @@ def _responses(path: str, method: str, given: dict[str, Any], references: Any) -
     else:
         success["content"] = {"text/plain": {"schema": {"type": "string"}}}
     if path in STREAMING:
-        success["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        success["content"]["text/event-stream"] = {"schema": _EVENT}
     error = {_JSON: {"schema": references[answers.ErrorAnswer, _WRITTEN]}}
     statuses = _ERRORS if method == "post" else _ERRORS_OF_GET
     return {"200": success, **{status: {"description": _ERRORS[status], "content": error} for status in statuses}}

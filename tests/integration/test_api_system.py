@@ -155,6 +155,16 @@ def test_an_address_of_another_machine_is_an_error():
         bind("192.0.2.1", 0)
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such limit")
+def test_a_connection_whose_peer_takes_nothing_is_not_kept_for_ever():
+    with bind("127.0.0.1", 0) as listener:
+        listener.listen()
+        with socket.create_connection(listener.getsockname()):
+            connection, _ = listener.accept()
+            with connection:
+                assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 120_000
+
+
 def test_connections_send_small_answers_at_once():
     """asyncio looks at this field to decide; without it, answers wait for the client's delayed acknowledgement."""
     with bind("127.0.0.1", 0) as listener:
