@@ -1,7 +1,7 @@
 """Puts one application together: a loaded model, its engine, its metrics and the routes. Nothing at import time."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -19,6 +19,7 @@ from .engine.async_engine import AsyncEngine
 from .engine.block_manager import BlockManager
 from .engine.capacity import CacheLimits, CachePlan, plan_cache, step_tokens
 from .engine.engine import Engine
+from .engine.ngram import Drafter
 from .engine.runner import Runner
 from .engine.scheduler import Scheduler
 from .errors import install_handlers
@@ -91,17 +92,25 @@ def _model_name(settings: Settings) -> str:
 def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: Metrics) -> AsyncEngine:
     model = loaded.model
     kv_cache = model.new_cache(plan.num_blocks)
-    blocks = BlockManager(plan.num_blocks)
+    blocks = BlockManager(plan.num_blocks, has_prefix_cache=settings.prefix_caching)
     budget = step_tokens(model.device.type, settings.max_num_seqs, settings.max_num_batched_tokens)
-    scheduler = Scheduler(blocks, settings.max_num_seqs, budget)
+    num_drafted = settings.speculative_tokens
+    drafter = Drafter(num_drafted, settings.ngram_max) if num_drafted else None
+    scheduler = Scheduler(blocks, settings.max_num_seqs, budget, drafter)
     engine = Engine(Runner(model, kv_cache), scheduler, loaded.tokenizer, metrics)
+    block_bytes = kv_cache.nbytes / plan.num_blocks
+    numbers_of_blocks: dict[str, Callable[[], int]] = {
+        "capacity": lambda: blocks.num_blocks,
+        "used": lambda: blocks.num_used_blocks,
+        "cached": lambda: blocks.num_cached_blocks,
+    }
     metrics.add_value("num_requests_running", "Sequences being generated", lambda: len(scheduler.running))
     metrics.add_value("num_requests_waiting", "Sequences that wait for a seat", lambda: len(scheduler.waiting))
     metrics.add_value("kv_cache_usage_perc", "Share of the key-value cache in use, 0 to 1", lambda: blocks.usage)
     metrics.add_group(
         "kv_cache_bytes",
-        "Key-value cache: what it holds and what requests have reserved of it",
-        lambda: [({"kind": "capacity"}, kv_cache.nbytes), ({"kind": "used"}, kv_cache.nbytes * blocks.usage)],
+        "Key-value cache: all of it, what requests hold, and what is kept of former ones until that is wanted",
+        lambda: [({"kind": kind}, block_bytes * number()) for kind, number in numbers_of_blocks.items()],
     )
     metrics.add_value("throughput_tokens_per_second", "Recent speed", lambda: engine.throughput.tokens_per_second)
     capacity = settings.max_num_seqs + settings.max_queue

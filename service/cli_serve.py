@@ -39,6 +39,9 @@ def _annotation(name: str) -> Any:
     help_text = f"{field.description}.{default}"
     if name == "artifact":
         return Annotated[str | None, typer.Argument(help=help_text)]
+    if field.annotation is bool:
+        flag = name.replace("_", "-")
+        return Annotated[bool | None, typer.Option(f"--{flag}/--no-{flag}", help=help_text)]
     return Annotated[str | None, typer.Option(help=help_text, metavar="TEXT")]
 
 

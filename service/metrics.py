@@ -120,6 +120,16 @@ class Metrics(EngineObserver):
         self._http_requests.labels(method=method, path=path, status=str(status)).inc()
         self._http_seconds.labels(method=method, path=path).observe(seconds)
 
+    def request_started(self, request: Request) -> None:
+        """See ``EngineObserver``."""
+        self._prefix_queries.inc(request.num_prompt_tokens)
+        self._prefix_hits.inc(request.num_cached_tokens)
+        self._prompt_tokens_cached.inc(request.num_cached_tokens)
+
+    def request_preempted(self, request: Request) -> None:
+        """See ``EngineObserver``."""
+        self._preemptions.inc()
+
     def step_ran(self, num_tokens: int) -> None:
         """See ``EngineObserver``."""
         self._iteration_tokens.observe(num_tokens)
@@ -156,13 +166,26 @@ class Metrics(EngineObserver):
             per_token = (finished - first) / (request.num_output_tokens - 1)
             self._time_per_token.observe(per_token)
 
+    def draft_checked(self, num_tokens: int, num_accepted: int) -> None:
+        """See ``EngineObserver``."""
+        self._drafts.inc()
+        self._draft_tokens.inc(num_tokens)
+        self._accepted_tokens.inc(num_accepted)
+
     def logits_not_finite(self) -> None:
         """See ``EngineObserver``."""
         self._nonfinite.inc()
 
     def _add_counters(self) -> None:
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed")
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, computed or taken from the prefix cache")
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated")
+        self._prompt_tokens_cached = self._counter("prompt_tokens_cached", "Prompt tokens taken from the prefix cache")
+        self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked for in the prefix cache")
+        self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
+        self._drafts = self._counter("spec_decode_num_drafts", "Drafts of next tokens that were checked")
+        self._draft_tokens = self._counter("spec_decode_num_draft_tokens", "Tokens of those drafts")
+        self._accepted_tokens = self._counter("spec_decode_num_accepted_tokens", "Of those, tokens that were right")
+        self._preemptions = self._counter("num_preemptions", "Requests that gave way to earlier ones for a while")
         self._success = self._counter("request_success", "Requests that ended, by reason", "finished_reason")
         self._rejected = self._counter("requests_rejected", "Requests turned away, by reason", "reason")
         self._disconnects = self._counter("client_disconnects", "Clients that left before their answer was complete")

@@ -75,6 +75,13 @@ class Settings(BaseSettings):
         le=1 << 20,
         description="Tokens of one step; longer prompts run in chunks; unset: 512, on a GPU 2048",
     )
+    prefix_caching: bool = Field(default=True, description="Reuse keys and values of prompts that begin alike")
+    speculative_tokens: int = Field(
+        default=0, ge=0, le=32, description="Guessed tokens that a step checks beside each sequence's next; 0: none"
+    )
+    ngram_max: int = Field(
+        default=3, ge=1, le=8, description="Last tokens that are looked up together for a guess, at most"
+    )
     kv_cache_memory: ByteSize | None = Field(
         default=None, description="Key-value cache, e.g. 2GiB; unset: from free memory"
     )

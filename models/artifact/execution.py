@@ -81,20 +81,14 @@ def run_natively(
     backends: Sequence[KernelBackend],
     options: RunOptions,
 ) -> tuple[Network, Execution]:
-    """``model`` over the native kernels as one list of operators, or as it is where that is not possible.
-
-    Raises:
-        KernelError: the cache that was asked for cannot be had.
-    """
+    """``model`` over the native kernels as one list of operators, or as it is where that is not possible."""
     native = describe_backends(backends)
     try:
         return fuse(model, embedding, options.native_cache_dtype), Execution(native, None)
     except Unfused as reason:
         unfused = str(reason)
-    if options.kv_cache_dtype == "int8":
-        raise KernelError(f"kv_cache_dtype int8 is for the native kernels, which cannot run this network: {unfused}")
-    if options.kv_cache_dtype == "fp16":
-        model.cache_dtype = torch.float16
+    if options.kv_cache_dtype != "auto":
+        model.cache_dtype = _CACHE_DTYPES[options.kv_cache_dtype]
     return model, Execution(native, unfused)
 
 

@@ -80,7 +80,8 @@ class AttentionPlan:
             (num_tokens, num_heads * head_dim), dtype of ``query``.
         """
         if kv_cache is not None and self.slot_mapping is not None:
-            kv_cache.write(layer_index, key, value, self.slot_mapping)
+            # A row sees its own sequence as later rows will: how a prompt is cut makes no difference.
+            key, value = (rows.to(query.dtype) for rows in kv_cache.write(layer_index, key, value, self.slot_mapping))
         outputs = []
         for group in self.groups:
             rows = slice(group.start, group.start + group.num_sequences * group.num_tokens)

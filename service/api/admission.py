@@ -32,7 +32,7 @@ def admit(
         raise bad_request(f"{num_sequences} sequences in one request; this server takes {capacity}.")
     record = record_of(request.scope)
     generation = context.engine.admit(num_sequences, num_tokens, keeps_seats=keeps_seats)
-    record.generation = generation
+    record.generation, generation.cache_salt = generation, record.cache_salt
     if record.remaining_seconds is not None:
         generation.expire_after(record.remaining_seconds)
     return generation

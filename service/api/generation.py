@@ -21,11 +21,17 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Choice:
-    """One output of a call: ``index`` among its choices, and what has come so far."""
+    """One output of a call: ``index`` among its choices, and what has come so far.
+
+    is_first:          of the choices of its prompt
+    num_cached_tokens: tokens of the prompt that the cache had already when this choice started
+    """
 
     index: int
+    is_first: bool = True
     text: str = ""
     num_tokens: int = 0
+    num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
 
 
@@ -43,13 +49,15 @@ class Call:
     choices: dict[str, Choice] = field(default_factory=dict)
 
     @property
-    def usage(self) -> dict[str, int]:
-        """Token counts so far; a prompt counts once, however many choices it has."""
+    def usage(self) -> dict[str, Any]:
+        """Token counts so far; a prompt counts once, however many choices it has, and as its first one found it."""
         num_generated = sum(choice.num_tokens for choice in self.choices.values())
+        num_cached = sum(choice.num_cached_tokens for choice in self.choices.values() if choice.is_first)
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_generated,
             "total_tokens": self.num_prompt_tokens + num_generated,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
         }
 
     async def outputs(self) -> AsyncIterator[tuple[Choice, RequestOutput]]:
@@ -70,6 +78,7 @@ class Call:
         choice = self.choices[output.request_id]
         choice.text += output.text
         choice.num_tokens = output.num_output_tokens
+        choice.num_cached_tokens = output.num_cached_tokens
         choice.finish_reason = output.finish_reason
         return choice
 
@@ -154,7 +163,7 @@ def start(call: Call, body: GenerationBody, rows: Sequence[list[int]], max_token
     for row, limit in zip(rows, max_tokens, strict=True):
         for choice in range(num_choices):
             request_id = uuid.uuid4().hex
-            call.choices[request_id] = Choice(len(call.choices))
+            call.choices[request_id] = Choice(len(call.choices), is_first=choice == 0)
             params = sampling_params(body, limit, choice)
             requests.append(Request(request_id, row, params, call.generation.arrival_seconds))
     call.generation.start(requests)

@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ from .request import FinishReason, Request
 from .runner import Runner
 from .sampler import sample
 from .scheduler import ScheduledRequest, Scheduler
+from .speculation import sample_drafts
 from .throughput import Throughput
 
 logger = logging.getLogger("qerve.engine")
@@ -30,6 +32,12 @@ class EngineTokenizer(Decoder, Protocol):
 class EngineObserver:
     """Is told what the engine does, in the engine's thread; this one does nothing with it."""
 
+    def request_started(self, request: Request) -> None:
+        """``request`` is in its first step; ``num_cached_tokens`` of its prompt were found in the cache."""
+
+    def request_preempted(self, request: Request) -> None:
+        """``request`` gave its cache blocks to earlier ones and waits to be computed again."""
+
     def step_ran(self, num_tokens: int) -> None:
         """A forward pass over ``num_tokens`` tokens is done."""
 
@@ -39,6 +47,9 @@ class EngineObserver:
     def request_finished(self, request: Request) -> None:
         """``request`` has its ``finish_reason``."""
 
+    def draft_checked(self, num_tokens: int, num_accepted: int) -> None:
+        """A draft of ``num_tokens`` was computed; the first ``num_accepted`` of them are what the request got."""
+
     def logits_not_finite(self) -> None:
         """A row of logits held NaN or infinity."""
 
@@ -47,6 +58,7 @@ class RequestOutput(NamedTuple):
     """What one step gave one request: ``text`` to append; with ``finish_reason`` it is the last one.
 
     prompt_logprobs: of the next scored prompt tokens, in their order
+    num_cached_tokens: prompt tokens that were taken from the prefix cache
     """
 
     request_id: str
@@ -55,6 +67,7 @@ class RequestOutput(NamedTuple):
     finish_reason: FinishReason | None = None
     error: str | None = None
     prompt_logprobs: Sequence[TokenLogprobs] = ()
+    num_cached_tokens: int = 0
 
 
 class Engine:
@@ -103,13 +116,17 @@ class Engine:
         return [self._fail(request, message) for request in list(self._requests.values())]
 
     def step(self) -> list[RequestOutput]:
-        """One token for every request whose known tokens this step completes: all but those inside their prompt.
+        """The next token of every request whose known tokens this step completes: all but those inside their prompt.
+
+        Where the tokens of a request's draft turn out to be right, it gets an output for each of them as well.
 
         Requests that are scored get log-probabilities of their prompts' tokens besides, as they are computed.
 
         An exception fails the requests of this step and nothing else.
         """
         scheduled = self.scheduler.schedule()
+        for request in self.scheduler.preempted:
+            self._observer.request_preempted(request)
         if not scheduled:
             return []
         try:
@@ -129,23 +146,31 @@ class Engine:
         """The next token of every request that gets one, None where the logits are not finite; scores of prompts."""
         started = self.clock()
         logits, scores = self._runner.run(scheduled)
-        requests = [item.request for item in scheduled if item.gets_token]
-        tokens = [] if logits is None else sample(logits, requests)
-        for request, num_new, _ in scheduled:
-            request.num_computed_tokens += num_new
+        tokens = [] if logits is None else sample_drafts(logits, scheduled, sample, lambda token: token)
+        for request, num_new, _, draft in scheduled:
+            self.scheduler.advance(request, num_new - len(draft))
             if request.scheduled_seconds is None:
                 request.scheduled_seconds = started
+                self._observer.request_started(request)
         num_tokens = sum(item.num_tokens for item in scheduled)
         self._observer.step_ran(num_tokens)
         self.throughput.step_ran(num_tokens, self.clock() - started)
         self.health.step_succeeded()
-        return list(zip(requests, tokens, strict=True)), scores
+        self._count_drafts(scheduled, tokens)
+        return tokens, scores
+
+    def _count_drafts(self, scheduled: Sequence[ScheduledRequest], tokens: Sequence[tuple[Request, object]]) -> None:
+        num_tokens = Counter(request for request, _ in tokens)
+        for item in scheduled:
+            if item.draft:
+                self._observer.draft_checked(len(item.draft), num_tokens[item.request] - 1)
 
     def _collect_scores(self, request: Request, scores: Sequence[TokenLogprobs]) -> RequestOutput | None:
         """What a step says of a request's prompt; its end, if nothing is to be generated; None: nothing to say."""
         if not all(math.isfinite(score.logprob) for score in scores):
             return self._fail_not_finite(request)
-        is_done = request.params.max_tokens == 0 and request.is_prompt_computed
+        request.score_from += len(scores)
+        is_done = not request.wants_tokens and request.is_prompt_computed
         if is_done:
             self._finish(request, FinishReason.LENGTH)
         elif not scores:
@@ -156,6 +181,8 @@ class Engine:
     def _collect(self, request: Request, token: int | None) -> RequestOutput:
         if token is None:
             return self._fail_not_finite(request)
+        # The token before this one was a draft's, and this step has computed it.
+        self.scheduler.advance(request, request.num_uncomputed_tokens)
         try:
             return self._append(request, token)
         except Exception:
@@ -179,7 +206,13 @@ class Engine:
             # The text that was still held may have completed a stop string.
             reason = FinishReason.STOP if stream.is_stopped else reason
             self._finish(request, reason)
-        return RequestOutput(request.request_id, text, request.num_output_tokens, reason)
+        return RequestOutput(
+            request.request_id,
+            text,
+            request.num_output_tokens,
+            reason,
+            num_cached_tokens=request.num_cached_tokens,
+        )
 
     def _finish_reason(self, request: Request, is_stopped: bool) -> FinishReason | None:
         if is_stopped:

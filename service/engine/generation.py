@@ -34,6 +34,7 @@ class Generation:
 
     keeps_seats:          a request's end does not free its seat: the next one of the same call takes it
     first_output_seconds: when its first output came, on the engine's clock
+    cache_salt:           keeps what it leaves in the prefix cache apart from what others do
     is_expired:           its deadline passed before it was closed
     """
 
@@ -42,6 +43,7 @@ class Generation:
         self.first_output_seconds: float | None = None
         self.num_prompt_tokens = 0
         self.is_expired = False
+        self.cache_salt = ""
         self._engine = engine
         self._reservation = reservation
         self._keeps_seats = keeps_seats
@@ -79,6 +81,8 @@ class Generation:
         # The choices of one prompt share its list of tokens: it counts once.
         prompts = {id(request.prompt_token_ids): request.num_prompt_tokens for request in requests}
         self.num_prompt_tokens += sum(prompts.values())
+        for request in requests:
+            request.cache_salt = self.cache_salt
         self._unfinished |= {request.request_id for request in requests}
         self._engine.add(self, requests)
 

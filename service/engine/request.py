@@ -55,9 +55,13 @@ class SamplingParams:
 class Request:
     """One sequence from admission to its last token.
 
-    score_from:          first prompt token that is scored, if the prompt is; the very first has nothing to follow from
+    score_from:          first prompt token that is still to be scored, if the prompt is; the very first never is, as it
+                         has nothing to follow from
+    cache_salt:          requests share cached prefixes only with those of the same one
     block_table:         cache blocks it holds, in the order of its tokens
+    block_keys:          what its leading full blocks are found by, as far as that was asked for
     num_computed_tokens: leading tokens whose keys and values are in the cache
+    num_cached_tokens:   prompt tokens that were in the cache when it first ran
     *_seconds:           times on the engine's clock
     """
 
@@ -66,9 +70,12 @@ class Request:
     params: SamplingParams
     arrival_seconds: float = 0.0
     score_from: int = 1
+    cache_salt: str = ""
     output_token_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     scheduled_seconds: float | None = None
     first_token_seconds: float | None = None
@@ -85,12 +92,23 @@ class Request:
         return self.params.num_prompt_logprobs is not None
 
     @property
+    def wants_tokens(self) -> bool:
+        """Something is to be generated."""
+        return self.params.max_tokens > 0
+
+    @property
+    def can_speculate(self) -> bool:
+        """Each of its tokens is sampled from the logits as they are, so that rows beyond the next one can be used."""
+        return self.wants_tokens and not self.is_scored
+
+    @property
     def num_cacheable_tokens(self) -> int:
-        """Leading prompt tokens that need not be computed when their keys and values are at hand.
+        """Leading tokens that need not be computed when their keys and values are at hand.
 
         The last one has to be, for the logits of the next; so has whatever a scored token follows on.
         """
-        return (self.score_from if self.is_scored else self.num_prompt_tokens) - 1
+        is_to_be_scored = self.is_scored and self.score_from < self.num_prompt_tokens
+        return (self.score_from if is_to_be_scored else self.num_tokens) - 1
 
     def scored_between(self, start: int, end: int) -> range:
         """Prompt tokens whose log-probabilities tokens ``start .. end`` give: those that follow on them."""
@@ -115,13 +133,18 @@ class Request:
 
     @property
     def num_reserved_tokens(self) -> int:
-        """Tokens it can ever hold: what the cache must have room for before it starts."""
+        """Tokens it can ever hold: what the cache as a whole must have room for."""
         return self.num_prompt_tokens + self.params.max_tokens
 
     @property
     def num_uncomputed_tokens(self) -> int:
         """Known tokens that are still to be computed: what is left of the prompt, then the newest token."""
         return self.num_tokens - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only its last known token is to be computed: while it runs, every step gives the next one."""
+        return self.num_uncomputed_tokens == 1
 
     @property
     def is_prompt_computed(self) -> bool:

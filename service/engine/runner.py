@@ -40,8 +40,8 @@ class ServedModel(Protocol):
 class StepResult(NamedTuple):
     """What a forward pass gives.
 
-    logits:        (n, vocab_size) float32 for the next token of the n requests that get one; None where none does. The
-                   next pass may write over them
+    logits:        (n, vocab_size) float32 for the next token of each request that gets one, and for those after each
+                   token of its draft; None where no request gets any. The next pass may write over them
     prompt_scores: of the prompt tokens that follow on those computed, for requests that are scored
     """
 
@@ -56,7 +56,7 @@ class Runner:
         self._model = model
         self._kv_cache = kv_cache
         self._block_size = block_size
-        self._slots: dict[Request, Tensor] = {}
+        self._slots: dict[Request, _Slots] = {}
 
     def run(self, scheduled: Sequence[ScheduledRequest]) -> StepResult:
         """One step of all of ``scheduled``."""
@@ -83,28 +83,34 @@ class Runner:
         return StepResult(logits, scores)
 
     def _tokens(self, scheduled: Sequence[ScheduledRequest]) -> TokenBatch:
-        """The step, with logits of the last known token of every request that gets its next one."""
+        """The step, with logits of the last known token of every request that gets its next one, and of its draft."""
         tokens = TokenBatch([], [], [])
         if not self._kv_cache.has_block_tables:
             self._slots = {item.request: self._slots_of(item.request) for item in scheduled}
-        for request, num_new, gets_token in scheduled:
+        for request, num_new, gets_token, draft in scheduled:
             computed = request.num_computed_tokens
             context_len = computed + num_new
-            slots = self._slots[request][:context_len] if self._slots else None
+            slots = self._slots[request].slots[:context_len] if self._slots else None
             tokens.spans.append(SequenceSpan(len(tokens.token_ids), num_new, context_len, slots, request.block_table))
             tokens.token_ids.extend(request.tokens_between(computed, context_len))
+            tokens.token_ids.extend(draft)
             if gets_token:
-                tokens.logit_rows.append(len(tokens.token_ids) - 1)
+                num_rows = len(tokens.token_ids)
+                tokens.logit_rows.extend(range(num_rows - 1 - len(draft), num_rows))
         return tokens
 
-    def _slots_of(self, request: Request) -> Tensor:
-        """Cache slots of all the blocks of ``request``: worked out in its first step, kept from each step to the next.
+    def _slots_of(self, request: Request) -> "_Slots":
+        """Cache slots of all the blocks of ``request``, kept from each step to the next until its blocks change."""
+        kept = self._slots.get(request)
+        if kept is not None and kept.block_table == request.block_table:
+            return kept
+        blocks = torch.tensor(request.block_table, dtype=torch.int64)
+        slots = (blocks[:, None] * self._block_size + torch.arange(self._block_size)).flatten()
+        return _Slots(request.block_table.copy(), slots.to(self._model.device))
 
-        A request in two steps in a row has the same blocks in both.
-        """
-        slots = self._slots.get(request)
-        if slots is None:
-            blocks = torch.tensor(request.block_table, dtype=torch.int64)
-            slots = (blocks[:, None] * self._block_size + torch.arange(self._block_size)).flatten()
-            slots = slots.to(self._model.device)
-        return slots
+
+class _Slots(NamedTuple):
+    """slots: (num_blocks * block_size,) int64, those of ``block_table`` in its order."""
+
+    block_table: list[int]
+    slots: Tensor

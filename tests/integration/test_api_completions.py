@@ -20,6 +20,14 @@ def greedy(prompt, num_tokens):
     return TOKENIZER.decode(FakeModel().continue_greedily(TOKENIZER.encode(prompt), num_tokens))
 
 
+USAGE = {
+    "prompt_tokens": 5,
+    "completion_tokens": 12,
+    "total_tokens": 17,
+    "prompt_tokens_details": {"cached_tokens": 0},
+}
+
+
 def complete(server, **body):
     response = server.post("/v1/completions", json={"model": "fake", "temperature": 0, "max_tokens": 12, **body})
     assert response.status_code == 200, response.text
@@ -42,7 +50,7 @@ def test_a_completion_has_openais_shape_and_the_models_text(server):
     assert answer["system_fingerprint"] == server.context.info.fingerprint
     choice = {"index": 0, "text": greedy("hello", 12), "logprobs": None, "finish_reason": "length"}
     assert answer["choices"] == [choice]
-    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 12, "total_tokens": 17}
+    assert answer["usage"] == USAGE
 
 
 @pytest.mark.parametrize(
@@ -114,7 +122,7 @@ def test_streamed_deltas_join_to_the_text_and_usage_comes_last(server):
     assert [event["choices"][0]["finish_reason"] for event in deltas] == [None] * 11 + ["length"]
     assert all(event["usage"] is None for event in deltas)
     assert usage["choices"] == []
-    assert usage["usage"] == {"prompt_tokens": 5, "completion_tokens": 12, "total_tokens": 17}
+    assert usage["usage"] == USAGE
     assert len({event["id"] for event in events}) == 1
 
 
@@ -176,3 +184,18 @@ def test_a_silent_stream_is_kept_open_by_comments():
         lines = response.text.split("\n\n")
     assert lines.count(": waiting") >= 3
     assert sum(line.startswith("data: {") for line in lines) == 3
+
+
+def test_usage_and_metrics_tell_which_prompt_tokens_the_cache_had():
+    with live_server() as server:
+        prompt = "the same beginning of two blocks, and a bit"  # 43 tokens: 32 of them in full blocks
+        usages = [complete(server, prompt=[prompt, "other"], n=2, max_tokens=2)["usage"] for _ in range(2)]
+        assert [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages] == [0, 32]
+        assert server.metric("qerve_prefix_cache_queries_total") == 4 * (43 + 5)
+        assert server.metric("qerve_prefix_cache_hits_total") == 3 * 32  # all choices but the very first
+        assert server.metric("qerve_prompt_tokens_cached_total") == 3 * 32
+        held = {kind: server.metric("qerve_kv_cache_bytes", kind=kind) for kind in ("capacity", "used", "cached")}
+        assert (held["used"], held["cached"]) == (0, 2 * FakeModel.cache_block_bytes)
+    with live_server(prefix_caching=False) as server:
+        answers = [complete(server, prompt=prompt)["usage"]["prompt_tokens_details"] for _ in range(2)]
+        assert answers == [{"cached_tokens": 0}] * 2

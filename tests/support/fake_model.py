@@ -65,6 +65,10 @@ class FakeModel(nn.Module):
         self.faults = faults or Faults()
         self.batch_sizes: list[int] = []
 
+    def state(self, token_ids: Sequence[int]) -> int:
+        """What decides the token that follows on ``token_ids``."""
+        return state_of(token_ids)
+
     cache_block_bytes = PagedKVCache.bytes_per_block(fake_config())
 
     def new_cache(self, num_blocks: int) -> PagedKVCache:
@@ -85,7 +89,7 @@ class FakeModel(nn.Module):
                 tokens = kv_cache.read(0, span.slots)[0].flatten()
             first = span.context_len - span.num_tokens
             assert batch.positions[span.start].item() == first
-            hidden += [state_of(tokens[: first + row + 1].tolist()) for row in range(span.num_tokens)]
+            hidden += [self.state(tokens[: first + row + 1].tolist()) for row in range(span.num_tokens)]
         return torch.tensor(hidden, dtype=torch.float32)[:, None]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -102,13 +106,21 @@ class FakeModel(nn.Module):
 
     def next_token(self, token_ids: Sequence[int]) -> int:
         """The greedy choice after ``token_ids``, without batch or cache."""
-        return int(self.logits(torch.tensor([[float(state_of(token_ids))]]))[0].argmax())
+        return int(self.logits(torch.tensor([[float(self.state(token_ids))]]))[0].argmax())
 
     def continue_greedily(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
         tokens = list(prompt)
         for _ in range(num_tokens):
             tokens.append(self.next_token(tokens))
         return tokens[len(prompt) :]
+
+
+class RepetitiveModel(FakeModel):
+    """Mostly goes by the last token, and so in circles, from which any token before may lead out."""
+
+    def state(self, token_ids: Sequence[int]) -> int:
+        whole = state_of(token_ids)
+        return whole if whole % 9 == 0 else state_of(token_ids[-1:])
 
 
 class BrokenModel(FakeModel):

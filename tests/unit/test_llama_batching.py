@@ -1,5 +1,7 @@
 """Ragged batches, chunked prefill and mixed steps give what each sequence gives alone."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -144,12 +146,75 @@ def test_a_half_precision_cache_changes_little() -> None:
     torch.testing.assert_close(logits[0], uncached_logits(model, tokens)[-1], rtol=0, atol=0.02)
 
 
+@given(st.data())
+@settings(deadline=None)
+def test_an_8_bit_cache_is_off_by_half_a_step_of_each_token_and_head_at_most(data: st.DataObject) -> None:
+    config = LlamaConfig.from_hf(hf_values("llama_grouped_tied"), "config.json")
+    cache = PagedKVCache(config, num_blocks=2, block_size=4, dtype=torch.int8)
+    heads, channels = config.num_key_value_heads, config.head_dim
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    key, value = torch.randn(2, 5, heads, channels, generator=generator)
+    key *= 10.0 ** data.draw(st.integers(-20, 20))
+    value[data.draw(st.integers(0, 4))] = 0.0
+    slots = torch.tensor([7, 0, 6, 3, 4])
+    read_back = cache.write(1, key, value, slots)
+    for written, read, told in zip((key, value), cache.read(1, slots), read_back, strict=True):
+        assert torch.equal(read, told)
+        step = written.abs().amax(-1, keepdim=True).double() / 127
+        assert read.dtype == torch.float32
+        assert ((read.double() - written.double()).abs() <= step / 2 * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_in_an_8_bit_cache(value: float) -> None:
+    config = LlamaConfig.from_hf(hf_values("llama_grouped_tied"), "config.json")
+    cache = PagedKVCache(config, num_blocks=1, dtype=torch.int8)
+    rows = torch.ones(1, config.num_key_value_heads, config.head_dim)
+    rows[0, 0, 0] = value
+    cache.write(0, rows, rows, torch.tensor([0]))
+    key, _ = cache.read(0, torch.tensor([0]))
+    assert not key[0, 0].isfinite().all()
+    assert torch.equal(key[0, 1:], rows[0, 1:])
+
+
+def test_attention_over_an_8_bit_cache_is_off_by_what_its_steps_allow() -> None:
+    """Scores move by no more than |q| times half a step, and so weights by that factor; values by half a step."""
+    model = build("llama_grouped_tied")
+    (tokens,) = prompts(24)
+    exact, coarse = (
+        PagedKVCache(model.config, num_blocks=2, block_size=12, dtype=dtype) for dtype in (torch.float32, torch.int8)
+    )
+    heads, channels = model.config.num_key_value_heads, model.config.head_dim
+    generator = torch.Generator().manual_seed(4)
+    key, value = torch.randn(2, len(tokens), heads, channels, generator=generator)
+    query = torch.randn(1, model.config.num_attention_heads, channels, generator=generator)
+    slots = torch.arange(len(tokens))
+    for cache in (exact, coarse):
+        cache.write(0, key[:-1], value[:-1], slots[:-1])
+    batch = Batch(torch.tensor([1]), slots[-1:], (SequenceSpan(0, 1, len(tokens), slots),))
+    plan = AttentionPlan.of(batch, None, has_cache=True)
+    want, got = (plan.attend(0, query, key[-1:], value[-1:], cache).double() for cache in (exact, coarse))
+    key_error, value_error = (float(rows.abs().max()) / 254 for rows in (key, value))
+    score_error = float(query.abs().sum(-1).max()) * key_error / channels**0.5
+    weight_error = math.exp(2 * score_error) - 1  # of each weight, relative to itself
+    bound = value_error + weight_error * float(value.abs().max())
+    assert 0 < float((got - want).abs().max()) <= bound
+
+
 def test_a_plan_refuses_spans_that_do_not_go_with_the_cache() -> None:
     with pytest.raises(ValueError, match="needs slots"):
         AttentionPlan.of(Batch.uncached([[1, 2]]), None, has_cache=True)
     span = SequenceSpan(0, 1, 3, torch.arange(3))
     with pytest.raises(ValueError, match="key-value cache"):
         AttentionPlan.of(Batch(torch.tensor([1]), torch.tensor([2]), (span,)), None, has_cache=False)
+
+
+def test_an_8_bit_cache_takes_a_byte_per_number_and_a_scale_per_token_and_head() -> None:
+    config = LlamaConfig.from_hf(hf_values("llama_odd_heads"), "config.json")
+    cache = PagedKVCache(config, num_blocks=7, block_size=16, dtype=torch.int8)
+    assert cache.nbytes == 7 * PagedKVCache.bytes_per_block(config, 16, torch.int8)
+    assert cache.nbytes == 2 * 3 * 3 * (4 + 4) * 7 * 16  # k and v, layers, kv heads, head_dim and scale, slots
+    assert cache.dtype == torch.int8
 
 
 def test_cache_size_is_blocks_times_bytes_per_block() -> None:
