@@ -134,3 +134,21 @@ def test_without_listed_origins_no_page_may_call():
         response = preflight(server, "http://a")
         assert response.status_code == 405
         assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+def test_keys_do_not_share_cached_prompts_and_a_name_does(tmp_path):
+    """What was cached shows in the usage as it does in the time to the first token."""
+    path = tmp_path / "keys"
+    path.write_text("alice:one\nalice:new\nbob:two\n")
+    path.chmod(0o600)
+    with live_server(api_keys_file=path) as server:
+
+        def num_cached(key):
+            body = {**BODY, "prompt": "a prompt of more than two blocks of the cache, sixteen tokens each"}
+            usage = server.post("/v1/completions", json=body, headers=bearer(key)).json()["usage"]
+            return usage["prompt_tokens_details"]["cached_tokens"]
+
+        assert num_cached("one") == 0
+        assert num_cached("one") >= 32
+        assert num_cached("two") == 0
+        assert num_cached("new") >= 32
