@@ -67,21 +67,37 @@ class EventStream(StreamingResponse):
         super().__init__(with_heartbeats(events, heartbeat_seconds), headers=headers)
         self._close = close
         self._write_timeout_seconds = write_timeout_seconds
+        self._sending_since: float | None = None
         self._end = StreamEnd.DISCONNECTED
 
     async def stream_response(self, send: Send) -> None:
         """Send everything."""
-
-        async def send_in_time(message: Message) -> None:
+        async with asyncio.timeout(None) as limit:
+            # One timer for all events: a timeout of its own for each costs more than sending it.
+            watch = asyncio.create_task(self._watch(limit))
             try:
-                async with asyncio.timeout(self._write_timeout_seconds):
-                    await send(message)
-            except TimeoutError:
-                self._end = StreamEnd.STALLED
-                raise
-
-        await super().stream_response(send_in_time)
+                await super().stream_response(self._timed(send))
+            finally:
+                watch.cancel()
         self._end = StreamEnd.COMPLETE
+
+    def _timed(self, send: Send) -> Send:
+        clock = asyncio.get_running_loop().time
+
+        async def send_and_note(message: Message) -> None:
+            self._sending_since = clock()
+            await send(message)
+            self._sending_since = None
+
+        return send_and_note
+
+    async def _watch(self, limit: asyncio.Timeout) -> None:
+        """Let ``limit`` pass when something has waited for the reader too long."""
+        clock = asyncio.get_running_loop().time
+        while self._sending_since is None or clock() - self._sending_since < self._write_timeout_seconds:
+            await asyncio.sleep(self._write_timeout_seconds / 4)
+        self._end = StreamEnd.STALLED
+        limit.reschedule(clock())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response, or as much of it as the client stays for."""
