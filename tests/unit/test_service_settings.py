@@ -9,6 +9,8 @@ from models.errors import QerveError
 from service.configuration import describe, read_settings
 from service.settings import Settings, parse_size
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
@@ -164,5 +166,8 @@ def test_settings_as_printed_are_a_file_that_gives_the_same_settings(monkeypatch
     assert again.model_copy(update={"config": None}) == settings.model_copy(update={"config": None})
 
 
-def test_every_setting_says_what_it_is():
-    assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+def test_every_setting_says_what_it_is_and_is_documented():
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("serving*.md"))
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert f"| `{name}` |" in text, name
