@@ -23,6 +23,7 @@ from .engine.ngram import Drafter
 from .engine.runner import Runner
 from .engine.scheduler import Scheduler
 from .errors import install_handlers
+from .grammar import GrammarCompiler
 from .key_limits import KeyLimits
 from .keys import KeyRing
 from .memory import available_bytes
@@ -30,6 +31,7 @@ from .metrics import WEIGHT_COMPONENTS, Metrics
 from .middleware import ErrorBoundaryMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
 from .model_info import ModelInfo
 from .settings import Settings
+from .token_speller import TokenSpeller
 
 
 def create_app(loaded: LoadedModel, settings: Settings, keys: KeyRing | None = None) -> FastAPI:
@@ -60,8 +62,11 @@ def create_app(loaded: LoadedModel, settings: Settings, keys: KeyRing | None = N
 
     app = FastAPI(title="qerve", version=qerve_version(), lifespan=lifespan)
     max_prompt_chars = plan.max_model_len * loaded.tokenizer.max_token_chars
-    keys = keys or key_ring(settings)
-    app.state.context = Context(settings, loaded, info, engine, metrics, max_prompt_chars, keys)
+    tokenizer = loaded.tokenizer
+    grammars = GrammarCompiler(tokenizer.to_json, tokenizer.eos_token_ids, model.config.vocab_size)
+    speller = TokenSpeller(tokenizer)
+    keys = key_ring(settings) if keys is None else keys
+    app.state.context = Context(settings, loaded, info, engine, metrics, max_prompt_chars, grammars, speller, keys)
     for module in (completions, chat, perplexity, tokenize, system):
         app.include_router(module.router)
     install_handlers(app)

@@ -16,11 +16,13 @@ from models.artifact.load import LoadedModel
 
 from .engine.async_engine import AsyncEngine
 from .errors import ApiError, bad_request, deadline_exceeded, quote
+from .grammar import GrammarCompiler
 from .keys import KeyRing
 from .metrics import Metrics
 from .model_info import ModelInfo
 from .request_record import record_of
 from .settings import Settings
+from .token_speller import TokenSpeller
 
 logger = logging.getLogger("qerve.http")
 
@@ -44,6 +46,8 @@ class Context:
     engine: AsyncEngine
     metrics: Metrics
     max_prompt_chars: int
+    grammars: GrammarCompiler
+    speller: TokenSpeller
     keys: KeyRing
 
     def check_model(self, name: str | None) -> None:

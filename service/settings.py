@@ -92,6 +92,9 @@ class Settings(BaseSettings):
     max_prompts: int = Field(default=32, ge=1, le=32, description="Prompts of one request")
     max_choices: int = Field(default=8, ge=1, le=8, description="Choices (n) per prompt")
     max_perplexity_windows: int = Field(default=4096, ge=1, le=1 << 20, description="Windows of one perplexity request")
+    max_logprobs: int = Field(
+        default=20, ge=0, le=1024, description="Most likely tokens given with each one; for chats 20 at most"
+    )
     max_body_bytes: ByteSize = Field(default=2 << 20, description="Size of a request body")
     max_json_depth: int = Field(default=32, ge=2, le=256, description="Nesting of a request body")
     request_timeout_seconds: float = Field(

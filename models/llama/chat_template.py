@@ -50,19 +50,26 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise CheckpointError(f"{where}: the chat template is not valid (line {error.lineno}): {error}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        """The prompt for ``messages``.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        more_variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt for ``messages``; ``more_variables`` are those that a template has of its own.
 
         Raises:
             ValueError: the template rejects the messages; its own words are in the message.
             CheckpointError: the template tries what the sandbox forbids.
         """
-        variables: dict[str, Any] = {"tools": None, "documents": None, **self._variables}
+        variables: dict[str, Any] = {**(more_variables or {}), "tools": None, "documents": None, **self._variables}
         try:
             return self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **variables,
+                {
+                    **variables,
+                    "messages": [dict(message) for message in messages],
+                    "add_generation_prompt": add_generation_prompt,
+                }
             )
         except SecurityError as error:
             raise CheckpointError(f"{self._where}: the chat template tries what is not allowed: {error}") from error

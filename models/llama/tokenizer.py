@@ -14,6 +14,7 @@ import tokenizers
 from ..errors import CheckpointError
 from .chat_template import ChatTemplate
 from .config_fields import ConfigFields, parse_json_object, read_json_object
+from .token_bytes import bytes_of_token
 from .tokenizer_files import read_tokenizer_files
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -107,6 +108,10 @@ class Tokenizer:
         """Most characters of text that one token stands for: n tokens never cover more than n times this."""
         return max((len(token) for token in self._backend.get_vocab()), default=0)
 
+    def to_json(self) -> str:
+        """The whole tokenizer as the content of a ``tokenizer.json``."""
+        return self._backend.to_str()
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; with ``add_special_tokens``, between the markers that the model was trained with.
 
@@ -134,8 +139,17 @@ class Tokenizer:
         """How the vocabulary spells each of ``ids``; an id without a token is spelled as nothing."""
         return [self._backend.id_to_token(token_id) or "" for token_id in ids]
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The prompt for ``messages``, each with ``role`` and ``content``.
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes that a token stands for, which need not be whole characters; none for an id without a token."""
+        return bytes_of_token(self._backend.id_to_token(token_id) or "")
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt for ``messages``, each with ``role`` and ``content``; ``variables`` are the template's own.
 
         Raises:
             CheckpointError: there is no chat template, or it is not allowed to run.
@@ -143,7 +157,7 @@ class Tokenizer:
         """
         if self._template is None:
             raise CheckpointError("the model has no chat template; send a plain prompt instead")
-        return self._template.render(messages, add_generation_prompt)
+        return self._template.render(messages, add_generation_prompt, variables)
 
     def _id_of(self, name: str) -> int | None:
         token = self._special_tokens.get(name)

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Annotated, Any
 
@@ -16,8 +16,10 @@ from ..deps import Context, ContextDep, json_body
 from ..errors import ApiError, bad_request, internal_error
 from .admission import admit_prompts
 from .generation import Call, Choice, max_tokens_for, start, stream, tokenize, unless_disconnected
+from .sampling import sampling_of
 from .schemas import ChatBody, ChatMessage
 from .sse import DONE, encode_event
+from .token_logprobs import chat_logprobs
 
 router = APIRouter()
 
@@ -33,22 +35,46 @@ async def chat_completions(
         text = "".join(message.content for message in body.messages)
         generation = admit_prompts(request, context, [text], body.n or 1)
         stack.callback(generation.close)
-        prompt = await asyncio.to_thread(render, context, body.messages)
+        prompt = await asyncio.to_thread(_prompt, context, body)
         # The template writes the special tokens itself.
-        rows = await tokenize(context, [prompt], "messages", add_special_tokens=False)
+        is_marked = bool(body.add_special_tokens)
+        rows = await tokenize(context, [prompt], "messages", is_marked, body.truncate_prompt_tokens)
         limit = max_tokens_for(context, len(rows[0]), body.requested_tokens, None)
+        sampling = await sampling_of(context, body)
         context.metrics.request_accepted(body.n or 1)
         call = Call(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), len(rows[0]), generation)
-        start(call, body, rows, [limit])
+        start(context, call, body, sampling, rows=rows, max_tokens=[limit])
         if body.stream:
             return stream(context, _events(context, body, call), stack.pop_all().close)
         choices = await unless_disconnected(request, context, call.finish())
-        answer = _object(context, call, "chat.completion", [_message(choice) for choice in choices])
+        answer = _object(context, call, "chat.completion", [_message(context, body, choice) for choice in choices])
+        if body.return_token_ids:
+            answer["prompt_token_ids"] = rows[0]
         return JSONResponse({**answer, "usage": call.usage})
 
 
-def render(context: Context, messages: Sequence[ChatMessage], add_generation_prompt: bool = True) -> str:
+def _prompt(context: Context, body: ChatBody) -> str:
+    """The text that the model continues."""
+    if not body.continue_final_message:
+        begins_message = body.add_generation_prompt is not False
+        return render(context, body.messages, begins_message, body.chat_template_kwargs)
+    prompt = render(context, body.messages, False, body.chat_template_kwargs)
+    last = body.messages[-1].content.strip()
+    place = prompt.rfind(last)
+    if place < 0:
+        raise bad_request("continue_final_message: the chat template changes the last message.", "messages")
+    return prompt[: place + len(last)]
+
+
+def render(
+    context: Context,
+    messages: Sequence[ChatMessage],
+    add_generation_prompt: bool = True,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
     """The conversation as the model's chat template writes it; ``developer`` is OpenAI's newer name of ``system``.
+
+    variables: further ones for the template
 
     Raises:
         ApiError: 400, there is no template or it rejects the messages; 500, it cannot be used.
@@ -59,7 +85,7 @@ def render(context: Context, messages: Sequence[ChatMessage], add_generation_pro
     roles = {"developer": "system"}
     conversation = [{"role": roles.get(item.role, item.role), "content": item.content} for item in messages]
     try:
-        return tokenizer.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt)
+        return tokenizer.apply_chat_template(conversation, add_generation_prompt, variables)
     except ValueError as error:
         raise bad_request(f"messages: {error}.", "messages") from None
     except QerveError as error:
@@ -67,17 +93,18 @@ def render(context: Context, messages: Sequence[ChatMessage], add_generation_pro
 
 
 async def _events(context: Context, body: ChatBody, call: Call) -> AsyncIterator[str]:
-    usage: dict[str, Any] = {"usage": None} if body.include_usage else {}
-
     def event(choices: list[dict[str, Any]]) -> str:
-        return encode_event({**_object(context, call, "chat.completion.chunk", choices), **usage})
+        usage = call.usage if body.usage_in_every_event else None
+        chunk = _object(context, call, "chat.completion.chunk", choices)
+        return encode_event({**chunk, **({"usage": usage} if body.include_usage else {})})
 
     try:
         for choice in call.choices.values():
             yield event([_delta(choice, {"role": "assistant", "content": ""})])
         async for choice, output in call.outputs():
-            if output.text:
-                yield event([_delta(choice, {"content": output.text})])
+            if output.text or choice.tokens.has_new or (body.return_token_ids and output.token_ids):
+                delta = _delta(choice, {"content": output.text})
+                yield event([{**delta, **_extras(context, body, choice, output.token_ids)}])
             if output.finish_reason:
                 yield event([{**_delta(choice, {}), "finish_reason": output.finish_reason}])
         if body.include_usage:
@@ -98,13 +125,22 @@ def _object(context: Context, call: Call, kind: str, choices: list[dict[str, Any
     }
 
 
-def _message(choice: Choice) -> dict[str, Any]:
+def _message(context: Context, body: ChatBody, choice: Choice) -> dict[str, Any]:
     return {
         "index": choice.index,
         "message": {"role": "assistant", "content": choice.text, "refusal": None},
-        "logprobs": None,
+        **_extras(context, body, choice, choice.token_ids),
         "finish_reason": choice.finish_reason,
     }
+
+
+def _extras(context: Context, body: ChatBody, choice: Choice, token_ids: Sequence[int]) -> dict[str, Any]:
+    """What is told of the tokens besides their text, those of them that were not told of before."""
+    logprobs = None
+    if body.num_logprobs is not None:
+        as_ids = bool(body.return_tokens_as_token_ids)
+        logprobs = chat_logprobs(context.speller, choice.tokens.take(), as_ids)
+    return {"logprobs": logprobs, **({"token_ids": list(token_ids)} if body.return_token_ids else {})}
 
 
 def _delta(choice: Choice, delta: dict[str, str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from typing import Annotated, Any
 
@@ -13,8 +13,10 @@ from ..deps import Context, ContextDep, json_body
 from ..errors import ApiError
 from .admission import admit_prompts
 from .generation import Call, Choice, max_tokens_for, start, stream, tokenize, unless_disconnected
+from .sampling import sampling_of
 from .schemas import CompletionBody
 from .sse import DONE, encode_event
+from .token_logprobs import completion_logprobs
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -32,24 +34,47 @@ async def completions(
     with ExitStack() as stack:
         generation = admit_prompts(request, context, body.prompt, body.n or 1)
         stack.callback(generation.close)
-        rows = await tokenize(context, body.prompt, "prompt")
+        is_marked = body.add_special_tokens is not False
+        rows = await tokenize(context, body.prompt, "prompt", is_marked, body.truncate_prompt_tokens)
         limits = [max_tokens_for(context, len(row), body.max_tokens, DEFAULT_MAX_TOKENS) for row in rows]
+        sampling = await sampling_of(context, body)
         context.metrics.request_accepted(body.n or 1)
         call = Call(f"cmpl-{uuid.uuid4().hex}", int(time.time()), sum(map(len, rows)), generation)
-        start(call, body, rows, limits)
+        start(context, call, body, sampling, rows=rows, max_tokens=limits, echoes=_echoes(context, body, rows))
         if body.stream:
             return stream(context, _events(context, body, call), stack.pop_all().close)
         choices = await unless_disconnected(request, context, call.finish())
-        answer = _object(context, call, [_choice(choice, choice.text) for choice in choices])
-        return JSONResponse({**answer, "usage": call.usage})
+        texts = [_choice(context, body, choice, choice.echo + choice.text, choice.token_ids) for choice in choices]
+        if body.return_token_ids:
+            for text in texts:
+                text["prompt_token_ids"] = rows[text["index"] // (body.n or 1)]
+        return JSONResponse({**_object(context, call, texts), "usage": call.usage})
+
+
+def _echoes(context: Context, body: CompletionBody, rows: list[list[int]]) -> list[str | None]:
+    """The prompts as they are shown before their outputs: as they came, if they are whole and text."""
+    if not body.echo:
+        return [None] * len(rows)
+    is_cut = body.truncate_prompt_tokens is not None
+    decode = context.loaded.tokenizer.decode
+    return [
+        prompt if isinstance(prompt, str) and not is_cut else decode(row, skip_special_tokens=False)
+        for prompt, row in zip(body.prompt, rows, strict=True)
+    ]
 
 
 async def _events(context: Context, body: CompletionBody, call: Call) -> AsyncIterator[str]:
-    usage: dict[str, Any] = {"usage": None} if body.include_usage else {}
+    def event(choices: list[dict[str, Any]]) -> str:
+        usage = call.usage if body.usage_in_every_event else None
+        return encode_event({**_object(context, call, choices), **({"usage": usage} if body.include_usage else {})})
+
     try:
         async for choice, output in call.outputs():
-            if output.text or output.finish_reason:
-                yield encode_event({**_object(context, call, [_choice(choice, output.text)]), **usage})
+            if not (output.token_ids or output.finish_reason):
+                continue  # a part of the prompt was scored: it is shown with the first token
+            text, choice.echo = choice.echo + output.text, ""
+            if text or output.finish_reason or choice.tokens.has_new or body.return_token_ids:
+                yield event([_choice(context, body, choice, text, output.token_ids)])
         if body.include_usage:
             yield encode_event({**_object(context, call, []), "usage": call.usage})
     except ApiError as error:
@@ -68,5 +93,12 @@ def _object(context: Context, call: Call, choices: list[dict[str, Any]]) -> dict
     }
 
 
-def _choice(choice: Choice, text: str) -> dict[str, Any]:
-    return {"index": choice.index, "text": text, "logprobs": None, "finish_reason": choice.finish_reason}
+def _choice(
+    context: Context, body: CompletionBody, choice: Choice, text: str, token_ids: Sequence[int]
+) -> dict[str, Any]:
+    logprobs = None
+    if body.num_logprobs is not None:
+        as_ids = bool(body.return_tokens_as_token_ids)
+        logprobs = completion_logprobs(context.speller, choice.tokens.take(), as_ids)
+    values = {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+    return {**values, "token_ids": list(token_ids)} if body.return_token_ids else values

@@ -3,7 +3,7 @@
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
@@ -15,6 +15,7 @@ from ..engine.request import FinishReason, Request, SamplingParams
 from ..errors import ApiError, bad_request, deadline_exceeded, internal_error
 from .schemas import GenerationBody, Prompt
 from .sse import EventStream, StreamEnd
+from .token_logprobs import ChoiceTokens
 
 T = TypeVar("T")
 
@@ -24,12 +25,17 @@ class Choice:
     """One output of a call: ``index`` among its choices, and what has come so far.
 
     is_first:          of the choices of its prompt
+    echo:              text before the output
+    tokens:            log-probabilities, where they are wanted
     num_cached_tokens: tokens of the prompt that the cache had already when this choice started
     """
 
     index: int
+    tokens: ChoiceTokens
     is_first: bool = True
+    echo: str = ""
     text: str = ""
+    token_ids: list[int] = field(default_factory=list)
     num_tokens: int = 0
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
@@ -64,7 +70,8 @@ class Call:
         """Each output with the choice it was added to.
 
         Raises:
-            ApiError: 500, the engine failed on a request of this call; 408, time is up.
+            ApiError: 500, the engine failed on a request of this call; 400, the request cannot be carried out; 408,
+                time is up.
         """
         try:
             async for output in self.generation.outputs():
@@ -74,9 +81,11 @@ class Call:
 
     def _add(self, output: RequestOutput) -> Choice:
         if output.finish_reason is FinishReason.ERROR:
-            raise internal_error(f"Generation failed: {output.error}.")
+            raise _failure(output)
         choice = self.choices[output.request_id]
         choice.text += output.text
+        choice.token_ids += output.token_ids
+        choice.tokens.add(output)
         choice.num_tokens = output.num_output_tokens
         choice.num_cached_tokens = output.num_cached_tokens
         choice.finish_reason = output.finish_reason
@@ -90,9 +99,15 @@ class Call:
 
 
 async def tokenize(
-    context: Context, prompts: Sequence[Prompt], param: str, add_special_tokens: bool = True
+    context: Context,
+    prompts: Sequence[Prompt],
+    param: str,
+    add_special_tokens: bool = True,
+    num_kept: int | None = None,
 ) -> list[list[int]]:
     """Token ids of every prompt, in a worker thread; each is shorter than the context.
+
+    num_kept: no more than so many of its last tokens are kept of each
 
     Raises:
         ApiError: 400, a prompt that is empty or too long, or an id outside the vocabulary.
@@ -106,6 +121,8 @@ async def tokenize(
             rows.append(await asyncio.to_thread(tokenizer.encode, prompt, add_special_tokens))
         else:
             rows.append(prompt)
+    if num_kept is not None:
+        rows = [row[-num_kept:] for row in rows]
     for row in rows:
         check_token_ids(context, row, param)
         if len(row) >= context_len:
@@ -142,30 +159,31 @@ def max_tokens_for(context: Context, num_prompt_tokens: int, requested: int | No
     return requested
 
 
-def sampling_params(body: GenerationBody, max_tokens: int, choice: int) -> SamplingParams:
-    """How to sample the ``choice``-th output of a prompt; with a seed, every choice gets a seed of its own."""
-    return SamplingParams(
-        max_tokens=max_tokens,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_k=max(body.top_k or 0, 0),
-        top_p=1.0 if body.top_p is None else body.top_p,
-        min_p=body.min_p or 0.0,
-        seed=None if body.seed is None else body.seed + choice,
-        stop=body.stop,
-        ignore_eos=bool(body.ignore_eos),
-    )
+def start(
+    context: Context,
+    call: Call,
+    body: GenerationBody,
+    sampling: SamplingParams,
+    *,
+    rows: Sequence[list[int]],
+    max_tokens: Sequence[int],
+    echoes: Sequence[str | None] = (),
+) -> None:
+    """Queue every choice of every prompt, numbered as OpenAI numbers them: prompt by prompt.
 
-
-def start(call: Call, body: GenerationBody, rows: Sequence[list[int]], max_tokens: Sequence[int]) -> None:
-    """Queue every choice of every prompt, numbered as OpenAI numbers them: prompt by prompt."""
+    sampling: of all of them; with a seed, every choice of a prompt gets a seed of its own
+    echoes:   text to show before the output of each prompt, if any
+    """
     requests = []
-    num_choices = body.n or 1
-    for row, limit in zip(rows, max_tokens, strict=True):
-        for choice in range(num_choices):
+    for row, limit, echo in zip(rows, max_tokens, echoes or [None] * len(rows), strict=True):
+        for choice in range(body.n or 1):
             request_id = uuid.uuid4().hex
-            call.choices[request_id] = Choice(len(call.choices), is_first=choice == 0)
-            params = sampling_params(body, limit, choice)
-            requests.append(Request(request_id, row, params, call.generation.arrival_seconds))
+            seed = None if sampling.seed is None else sampling.seed + choice
+            params = replace(sampling, max_tokens=limit, seed=seed)
+            request = Request(request_id, row, params, call.generation.arrival_seconds)
+            tokens = ChoiceTokens(context.speller, request, echo is not None)
+            call.choices[request_id] = Choice(len(call.choices), tokens, choice == 0, echo or "")
+            requests.append(request)
     call.generation.start(requests)
 
 
@@ -200,6 +218,12 @@ def stream(context: Context, events: AsyncIterator[str], close: Callable[[], Non
 
     settings = context.settings
     return EventStream(events, finish, settings.sse_heartbeat_seconds, settings.sse_write_timeout_seconds)
+
+
+def _failure(output: RequestOutput) -> ApiError:
+    if output.is_refused:
+        return bad_request(f"Generation ended: {output.error}.")
+    return internal_error(f"Generation failed: {output.error}.")
 
 
 async def _disconnected(request: HttpRequest) -> None:

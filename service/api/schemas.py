@@ -11,42 +11,26 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
 
 from ..errors import bad_request
+from .sampling_fields import MAX_LOGPROBS, MAX_TOP_LOGPROBS, SamplingFields
+from .structured import StructuredFields
 
 MAX_PROMPTS = 32
 MAX_CHOICES = 8
 MAX_STOPS = 4
 MAX_STOP_CHARS = 64
 MAX_MESSAGES = 4096
+MAX_TEMPLATE_VARIABLES = 64
 MAX_INT32 = 2**31 - 1
 
 Prompt = str | list[int]
 
 _COMMON_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "logprobs": (None, False),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "repetition_penalty": (None, 1),
     "length_penalty": (None, 1),
     "use_beam_search": (None, False),
     "best_of": (None, 1),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
-    "stop_token_ids": (None, []),
-    "include_stop_str_in_output": (None, False),
-    "min_tokens": (None, 0),
-    "bad_words": (None, []),
-    "allowed_token_ids": (None, []),
+    "guided_decoding_backend": (None,),
     "prompt_logprobs": (None, False),
-    "truncate_prompt_tokens": (None,),
-    "skip_special_tokens": (None, True),
     "spaces_between_special_tokens": (None, True),
-    "return_tokens_as_token_ids": (None, False),
-    "return_token_ids": (None, False),
 }
 
 
@@ -136,10 +120,10 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
     include_usage: bool | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(Body):
+class GenerationBody(Body, SamplingFields, StructuredFields):
     """What completions and chat completions have in common."""
 
     model: ModelName | None = None
@@ -147,24 +131,44 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
-    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(default=None, ge=-1, le=MAX_INT32)
-    min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     stop: StopField = ()
-    ignore_eos: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
 
     @property
     def include_usage(self) -> bool:
         """A stream ends with an event that holds the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    @property
+    def usage_in_every_event(self) -> bool:
+        """So does every other event of it."""
+        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
+
+    @property
+    def requested_tokens(self) -> int | None:
+        """Output tokens that the client asks for."""
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Most likely tokens to tell of with each output token; None: nothing is to be told of any."""
+        raise NotImplementedError
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same with each token of the prompt."""
+        return None
+
     def check(self) -> None:
         """Raise 400 for what single fields cannot show."""
         self.refuse_unsupported()
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options may only be given with stream: true.", "stream_options")
+        if self.requested_tokens is not None and (self.min_tokens or 0) > self.requested_tokens:
+            raise bad_request(
+                f"min_tokens {self.min_tokens} is more than the {self.requested_tokens} of max_tokens.", "min_tokens"
+            )
 
 
 class CompletionBody(GenerationBody):
@@ -172,15 +176,24 @@ class CompletionBody(GenerationBody):
 
     unsupported = {
         **_COMMON_UNSUPPORTED,
-        "echo": (None, False),
         "suffix": (None, ""),
-        "add_special_tokens": (None, True),
         "prompt_embeds": (None,),
-        # Asks for the log-probability of the chosen tokens even at 0.
-        "logprobs": (None,),
     }
 
     prompt: PromptsField
+    max_tokens: int | None = Field(default=None, ge=0, le=MAX_INT32)
+    echo: bool | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See ``GenerationBody``; at 0, the log-probabilities of the tokens themselves."""
+        return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """See ``GenerationBody``."""
+        return self.logprobs if self.echo else None
 
 
 class ChatMessage(BaseModel):
@@ -197,7 +210,6 @@ class ChatBody(GenerationBody):
 
     unsupported = {
         **_COMMON_UNSUPPORTED,
-        "top_logprobs": (None, 0),
         "tools": (None, []),
         "tool_choice": (None, "none", "auto"),
         "parallel_tool_calls": (None, True, False),
@@ -209,16 +221,35 @@ class ChatBody(GenerationBody):
         "web_search_options": (None,),
         "reasoning_effort": (None, "none"),
         "echo": (None, False),
-        "add_generation_prompt": (None, True),
-        "continue_final_message": (None, False),
-        "add_special_tokens": (None, False),
         "documents": (None, []),
         "chat_template": (None,),
-        "chat_template_kwargs": (None, {}),
     }
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_INT32)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_TEMPLATE_VARIABLES)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See ``GenerationBody``."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def check(self) -> None:
+        """See ``GenerationBody``."""
+        super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise bad_request("top_logprobs may only be given with logprobs: true.", "top_logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise bad_request(
+                "continue_final_message goes on with the last message, add_generation_prompt begins one: give one.",
+                "continue_final_message",
+            )
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise bad_request("continue_final_message: the last message is not the assistant's.", "messages")
 
     @property
     def requested_tokens(self) -> int | None:

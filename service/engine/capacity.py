@@ -10,7 +10,10 @@ from .block_manager import BLOCK_SIZE
 _GIB = 1 << 30
 MAX_DEFAULT_BYTES = {"cpu": 4 * _GIB, "cuda": 64 * _GIB}
 AVAILABLE_SHARE = {"cpu": 0.3, "cuda": 0.7}
-"""Of the memory that is free after loading: the rest is for activations, and on a CPU for everybody else."""
+"""Of the memory that is free after loading: the rest is for activations, and on a CPU for everybody else.
+
+All of what is taken fills up in time, since blocks are remembered until others need them.
+"""
 DEFAULT_STEP_TOKENS = {"cpu": 512, "cuda": 2048}
 """Of one step: enough that the matrix products are compute-bound, few enough that decodes beside them wait little."""
 
@@ -36,6 +39,8 @@ def plan_cache(
     config: LlamaConfig, bytes_per_block: int, device_type: str, available_bytes: int, limits: CacheLimits
 ) -> CachePlan:
     """A cache that lets ``max_num_seqs`` sequences of full length run, as far as memory allows.
+
+    With less, sequences run as long as there are blocks for what they hold, and take turns beyond that.
 
     Raises:
         QerveError: the length or the memory asked for cannot be had, with what to change.

@@ -46,19 +46,20 @@ class TokenTexts:
 
 
 class Detokenizer:
-    """Text of one sequence, piece by piece."""
+    """Text of one sequence, piece by piece; control tokens leave none in it unless ``skip_special_tokens`` is False."""
 
-    def __init__(self, decoder: Decoder, prompt_token_ids: Sequence[int]) -> None:
+    def __init__(self, decoder: Decoder, prompt_token_ids: Sequence[int], skip_special_tokens: bool = True) -> None:
         self._decoder = decoder
+        self._skip_special_tokens = skip_special_tokens
         context = prompt_token_ids[-NUM_CONTEXT_TOKENS:]
-        if decoder.decode(context).endswith(REPLACEMENT):  # the prompt ends inside a character: not ours to finish
+        if self._decode(context).endswith(REPLACEMENT):  # the prompt ends inside a character: not ours to finish
             context = []
         self._begin(context)
 
     def push(self, token_id: int) -> str:
         """The text that ``token_id`` makes certain; often empty."""
         self._window.append(token_id)
-        text = self._decoder.decode(self._window)
+        text = self._decode(self._window)
         if len(text) <= self._num_emitted or text.endswith(REPLACEMENT):
             return self._hold(text)
         new = text[self._num_emitted :]
@@ -80,23 +81,28 @@ class Detokenizer:
     def _begin(self, context: Sequence[int]) -> None:
         self._window = list(context)
         self._num_window_tokens = len(context)
-        self._num_emitted = len(self._decoder.decode(context)) if context else 0
+        self._num_emitted = len(self._decode(context)) if context else 0
 
     def flush(self) -> str:
         """What is still held, when no token will follow."""
-        text = self._decoder.decode(self._window)[self._num_emitted :]
+        text = self._decode(self._window)[self._num_emitted :]
         self._num_emitted += len(text)
         return text
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._decoder.decode(token_ids, self._skip_special_tokens)
 
 
 class StopMatcher:
     """Lets text through up to the first stop string, holding back what may become one.
 
+    ``includes_stop`` lets the stop string itself through as well.
     First means completed first, as if the text came character by character: how it is cut into tokens does not matter.
     """
 
-    def __init__(self, stop: Sequence[str]) -> None:
+    def __init__(self, stop: Sequence[str], includes_stop: bool = False) -> None:
         self._stop = tuple(stop)
+        self._includes_stop = includes_stop
         self._held = ""
         self.is_stopped = False
 
@@ -111,7 +117,8 @@ class StopMatcher:
         if found:
             self.is_stopped = True
             self._held = ""
-            return held[: min(found)[1]]
+            end, start = min(found)
+            return held[: end if self._includes_stop else start]
         num_held = self._num_possible(held)
         self._held = held[len(held) - num_held :]
         return held[: len(held) - num_held]

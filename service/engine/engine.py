@@ -9,10 +9,11 @@ from typing import NamedTuple, Protocol
 
 from .detokenizer import Decoder, Detokenizer, StopMatcher, TextStream, TokenTexts
 from .health import EngineHealth
+from .logits import LogitsProcessor
 from .logprobs import TokenLogprobs
 from .request import FinishReason, Request
 from .runner import Runner
-from .sampler import sample
+from .sampler import Sampled, sample_with_logprobs
 from .scheduler import ScheduledRequest, Scheduler
 from .speculation import sample_drafts
 from .throughput import Throughput
@@ -57,8 +58,12 @@ class EngineObserver:
 class RequestOutput(NamedTuple):
     """What one step gave one request: ``text`` to append; with ``finish_reason`` it is the last one.
 
+    error:           what went wrong, where that is the reason
+    is_refused:      what went wrong is that the request asks for what cannot be
     prompt_logprobs: of the next scored prompt tokens, in their order
     num_cached_tokens: prompt tokens that were taken from the prefix cache
+    token_ids:       what was generated
+    logprobs:        of those tokens, where they are wanted
     """
 
     request_id: str
@@ -66,8 +71,11 @@ class RequestOutput(NamedTuple):
     num_output_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
+    is_refused: bool = False
     prompt_logprobs: Sequence[TokenLogprobs] = ()
     num_cached_tokens: int = 0
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs] = ()
 
 
 class Engine:
@@ -99,10 +107,14 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Queue ``request``."""
-        detokenizer = Detokenizer(self._decoder, request.prompt_token_ids)
+        params = request.params
+        request.ending_token_ids = params.stop_token_ids | (frozenset() if params.ignore_eos else self._eos_token_ids)
+        if params.changes_logits:
+            request.logits_processor = LogitsProcessor(params, request.prompt_token_ids, request.ending_token_ids)
+        detokenizer = Detokenizer(self._decoder, request.prompt_token_ids, params.skips_special_tokens)
         self.scheduler.add(request)
         self._requests[request.request_id] = request
-        self._texts[request.request_id] = TextStream(detokenizer, StopMatcher(request.params.stop))
+        self._texts[request.request_id] = TextStream(detokenizer, StopMatcher(params.stop, params.includes_stop))
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Drop requests and free what they hold; those that have finished already are left alone."""
@@ -137,16 +149,18 @@ class Engine:
             return [self._fail(item.request, "the model failed on this request") for item in scheduled]
         outputs = [self._collect_scores(item.request, scores.get(item.request, [])) for item in scheduled]
         # Of a request that failed by its scores, the token is of no use.
-        outputs += [self._collect(request, token) for request, token in tokens if not request.is_finished]
+        outputs += [self._collect(request, sampled) for request, sampled in tokens if not request.is_finished]
         return [output for output in outputs if output is not None]
 
     def _run(
         self, scheduled: Sequence[ScheduledRequest]
-    ) -> tuple[list[tuple[Request, int | None]], dict[Request, list[TokenLogprobs]]]:
-        """The next token of every request that gets one, None where the logits are not finite; scores of prompts."""
+    ) -> tuple[list[tuple[Request, Sampled]], dict[Request, list[TokenLogprobs]]]:
+        """The next token of every request that gets one; scores of prompts."""
         started = self.clock()
         logits, scores = self._runner.run(scheduled)
-        tokens = [] if logits is None else sample_drafts(logits, scheduled, sample, lambda token: token)
+        tokens: list[tuple[Request, Sampled]] = []
+        if logits is not None:
+            tokens = sample_drafts(logits, scheduled, sample_with_logprobs, lambda sampled: sampled.token_id)
         for request, num_new, _, draft in scheduled:
             self.scheduler.advance(request, num_new - len(draft))
             if request.scheduled_seconds is None:
@@ -178,18 +192,21 @@ class Engine:
         self.health.request_advanced()
         return RequestOutput(request.request_id, finish_reason=request.finish_reason, prompt_logprobs=scores)
 
-    def _collect(self, request: Request, token: int | None) -> RequestOutput:
-        if token is None:
+    def _collect(self, request: Request, sampled: Sampled) -> RequestOutput:
+        if sampled.token_id is None:
+            processor = request.logits_processor
+            if processor is not None and processor.problem is not None:
+                return self._fail(request, processor.problem)._replace(is_refused=True)
             return self._fail_not_finite(request)
         # The token before this one was a draft's, and this step has computed it.
         self.scheduler.advance(request, request.num_uncomputed_tokens)
         try:
-            return self._append(request, token)
+            return self._append(request, sampled.token_id, sampled.logprobs)
         except Exception:
-            logger.exception("token %d of request %s cannot be turned into text", token, request.request_id)
+            logger.exception("token %d of request %s cannot be turned into text", sampled.token_id, request.request_id)
             return self._fail(request, "the model's output cannot be turned into text")
 
-    def _append(self, request: Request, token: int) -> RequestOutput:
+    def _append(self, request: Request, token: int, logprobs: TokenLogprobs | None) -> RequestOutput:
         """Add ``token`` to the request and decide whether it was its last."""
         request.output_token_ids.append(token)
         previous, request.last_token_seconds = request.last_token_seconds, self.clock()
@@ -198,9 +215,8 @@ class Engine:
         self._observer.token_generated(request, previous)
         self.health.request_advanced()
         stream = self._texts[request.request_id]
-        is_eos = token in self._eos_token_ids and not request.params.ignore_eos
-        text = "" if is_eos else stream.push(token)
-        reason = self._finish_reason(request, is_eos or stream.is_stopped)
+        text = "" if request.is_hidden(token) else stream.push(token)
+        reason = self._finish_reason(request, stream.is_stopped)
         if reason is not None:
             text += stream.flush()
             # The text that was still held may have completed a stop string.
@@ -212,10 +228,16 @@ class Engine:
             request.num_output_tokens,
             reason,
             num_cached_tokens=request.num_cached_tokens,
+            token_ids=(token,),
+            logprobs=() if logprobs is None else (logprobs,),
         )
 
     def _finish_reason(self, request: Request, is_stopped: bool) -> FinishReason | None:
-        if is_stopped:
+        """Whether the newest token is the last one, and why."""
+        processor, output = request.logits_processor, request.output_token_ids
+        if is_stopped or output[-1] in request.ending_token_ids:
+            return FinishReason.STOP
+        if processor is not None and processor.is_complete(output):
             return FinishReason.STOP
         return FinishReason.LENGTH if request.num_output_tokens >= request.params.max_tokens else None
 

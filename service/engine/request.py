@@ -4,6 +4,8 @@ import random
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from .logits import Grammar, LogitsProcessor
+
 GREEDY_BELOW = 1e-5
 """Temperatures under this are greedy: dividing by them says nothing more and may overflow."""
 
@@ -27,7 +29,20 @@ class SamplingParams:
     top_p:  of those, keep the fewest that hold this share of the probability
     min_p:  before both, drop tokens less likely than this fraction of the most likely one
     seed:   the same seed gives the same text, whatever else is in the batch; None: never the same
-    stop:   text at which generation ends; it is not part of the output
+    stop:   text at which generation ends
+    stop_token_ids:       tokens that end generation, besides those that end a text
+    includes_stop:        what ended generation, text or token, is part of the output
+    ignore_eos:           tokens that end a text do not end generation
+    min_tokens:           so many tokens come before one that ends generation may
+    presence_penalty:     off the logit of every token in the output
+    frequency_penalty:    off it again for each time that the token is there
+    repetition_penalty:   divides positive and multiplies negative logits of tokens in prompt or output; 1: neither
+    logit_bias:           (token id, what is added to its logit)
+    allowed_token_ids:    no others are generated; empty: all may be
+    bad_words:            sequences of token ids, none of which is completed
+    grammar:              the text keeps to it and ends with it
+    num_logprobs:         with each token, its log-probability and those of so many of the most likely; None: none
+    skips_special_tokens: control tokens leave no text
     """
 
     max_tokens: int
@@ -37,8 +52,20 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    includes_stop: bool = False
     ignore_eos: bool = False
+    min_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    grammar: Grammar | None = None
+    num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    skips_special_tokens: bool = True
 
     @property
     def is_greedy(self) -> bool:
@@ -49,6 +76,17 @@ class SamplingParams:
     def has_filter(self) -> bool:
         """Some tokens are excluded before drawing."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Tokens are less likely for having come before."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
+
+    @property
+    def changes_logits(self) -> bool:
+        """The next token is not chosen from the model's logits as they are."""
+        masks = self.allowed_token_ids or self.bad_words or self.min_tokens > 0 or self.grammar is not None
+        return bool(masks or self.logit_bias) or self.has_penalties
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +100,8 @@ class Request:
     block_keys:          what its leading full blocks are found by, as far as that was asked for
     num_computed_tokens: leading tokens whose keys and values are in the cache
     num_cached_tokens:   prompt tokens that were in the cache when it first ran
+    ending_token_ids:    tokens that end it, once the engine has it
+    logits_processor:    changes its logits before each token is chosen; None: nothing does
     *_seconds:           times on the engine's clock
     """
 
@@ -81,6 +121,8 @@ class Request:
     first_token_seconds: float | None = None
     last_token_seconds: float | None = None
     finished_seconds: float | None = None
+    ending_token_ids: frozenset[int] = frozenset()
+    logits_processor: LogitsProcessor | None = None
     rng: random.Random = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,7 +141,7 @@ class Request:
     @property
     def can_speculate(self) -> bool:
         """Each of its tokens is sampled from the logits as they are, so that rows beyond the next one can be used."""
-        return self.wants_tokens and not self.is_scored
+        return self.wants_tokens and not self.is_scored and self.logits_processor is None
 
     @property
     def num_cacheable_tokens(self) -> int:
@@ -129,7 +171,7 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Tokens known so far."""
-        return self.num_prompt_tokens + self.num_output_tokens
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
     def num_reserved_tokens(self) -> int:
@@ -155,6 +197,10 @@ class Request:
     def is_finished(self) -> bool:
         """No more tokens will come."""
         return self.finish_reason is not None
+
+    def is_hidden(self, token_id: int) -> bool:
+        """``token_id`` ends the output and leaves no text in it."""
+        return token_id in self.ending_token_ids and not self.params.includes_stop
 
     def tokens_between(self, start: int, end: int) -> list[int]:
         """Known tokens ``start .. end``, counted over prompt and output together."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .logprobs import TokenLogprobs, logprobs_of
 from .request import Request, SamplingParams
 
 _Weights: TypeAlias = "np.ndarray[tuple[int], np.dtype[np.float64]]"
@@ -35,29 +36,70 @@ class Candidates(NamedTuple):
     weights: Tensor
 
 
+class Sampled(NamedTuple):
+    """A request's next token, None where there is no distribution to draw from; with logprobs where they are wanted."""
+
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+
+
+def sample_with_logprobs(logits: Tensor, requests: Sequence[Request]) -> list[Sampled]:
+    """``sample``, with log-probabilities under ``logits`` as they are given for requests that want them."""
+    rows = [row for row, request in enumerate(requests) if request.params.num_logprobs is not None]
+    if not rows:
+        return [Sampled(token) for token in sample(logits, requests)]
+    given = logits[rows]
+    sampled = [Sampled(token) for token in sample(logits, requests)]
+    numbers = [requests[row].params.num_logprobs or 0 for row in rows]
+    # A row without a token is scored too, as token 0: what comes of it is dropped.
+    scores = logprobs_of(given, [sampled[row].token_id or 0 for row in rows], max(numbers))
+    for row, score, number in zip(rows, scores, numbers, strict=True):
+        if sampled[row].token_id is not None:
+            sampled[row] = Sampled(sampled[row].token_id, score._replace(top=score.top[:number]))
+    return sampled
+
+
 def sample(logits: Tensor, requests: Sequence[Request]) -> list[int | None]:
     """The next token of each of ``requests`` from its row of ``logits`` (num_requests, vocab_size) float32.
 
-    None where the row holds NaN or infinity: there is no distribution to draw from.
+    None where the row holds NaN or infinity, or no token that its request allows: there is no distribution to draw
+    from. Rows of requests with a ``logits_processor`` are written over.
+    A request may have several rows if its processor does not need the token of one row for the next: each row takes one
+    number from the request's generator, in the order of the rows.
     """
+    process(logits, requests)
     tokens = most_likely(logits)
-    drawn = [row for row, token in enumerate(tokens) if token is not None and not requests[row].params.is_greedy]
+    uniforms = {
+        row: requests[row].rng.random()
+        for row, token in enumerate(tokens)
+        if token is not None and not requests[row].params.is_greedy
+    }
     # Apart, since rows without a filter are as wide as the vocabulary.
     for has_filter in (False, True):
-        rows = [row for row in drawn if requests[row].params.has_filter is has_filter]
+        rows = [row for row in uniforms if requests[row].params.has_filter is has_filter]
         if rows:
-            chosen = [requests[row] for row in rows]
-            found = candidates(logits[rows], [request.params for request in chosen])
-            columns = draw(found.weights, [request.rng.random() for request in chosen])
+            found = candidates(logits[rows], [requests[row].params for row in rows])
+            columns = draw(found.weights, [uniforms[row] for row in rows])
             for row, token in zip(rows, found.token_ids.gather(-1, columns[:, None])[:, 0].tolist(), strict=True):
                 tokens[row] = token
     return tokens
 
 
+def process(logits: Tensor, requests: Sequence[Request]) -> None:
+    """Let each request that has a ``logits_processor`` change its row of ``logits`` (n, vocab_size), in place."""
+    for row, request in enumerate(requests):
+        if request.logits_processor is not None:
+            values = logits[row].cpu()
+            request.logits_processor.apply(values.numpy(), request.output_token_ids)
+            if logits.device.type != "cpu":
+                logits[row] = values.to(logits.device)
+
+
 def most_likely(logits: Tensor) -> list[int | None]:
     """Token of the highest of each row's ``logits`` (n, vocab_size), the first of equals; None where one is not finite.
 
-    NaN and infinity win every comparison: where a row holds one, it is what is found.
+    NaN and infinity win every comparison: where a row holds one, it is what is found. Tokens at minus infinity are
+    masked; a row of nothing else has no token.
     """
     if logits.device.type == "cpu":
         rows = logits.numpy()
@@ -70,7 +112,7 @@ def most_likely(logits: Tensor) -> list[int | None]:
 
 
 def candidates(logits: Tensor, params: Sequence[SamplingParams]) -> Candidates:
-    """The tokens of each row of finite ``logits`` (n, vocab_size) that its filters leave, and their weights."""
+    """The tokens of each row of ``logits`` (n, vocab_size) that its filters leave, and their weights."""
     weights = logits.double() - logits.amax(-1, keepdim=True)
     weights.div_(_column([item.temperature for item in params], logits.device)).exp_()
     if not any(item.has_filter for item in params):

@@ -173,8 +173,8 @@ class Scheduler:
         request.block_table = []
 
     def _prompts(self) -> list[Request]:
-        """Requests whose prompt is not computed, oldest first: those that run, and those that there is a seat for."""
-        started = [request for request in self.running if not request.is_decoding]
+        """Requests whose prompt is not computed, oldest first: one that was cut, and those that there is a seat for."""
+        started = [request for request in self.running[-1:] if not request.is_decoding]
         return started + list(islice(self.waiting, self.max_num_seqs - len(self.running)))
 
     def _chunk(self, start: int, end: int, budget: int) -> int:

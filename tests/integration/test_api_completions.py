@@ -199,3 +199,13 @@ def test_usage_and_metrics_tell_which_prompt_tokens_the_cache_had():
     with live_server(prefix_caching=False) as server:
         answers = [complete(server, prompt=prompt)["usage"]["prompt_tokens_details"] for _ in range(2)]
         assert answers == [{"cached_tokens": 0}] * 2
+
+
+def test_speculative_decoding_gives_the_same_text_and_is_counted():
+    with live_server(speculative_tokens=4, ngram_max=2) as server:
+        prompts = ["hello hello hello", "and so on and so on"]
+        answer = complete(server, prompt=prompts, max_tokens=100)
+        assert [choice["text"] for choice in answer["choices"]] == [greedy(prompt, 100) for prompt in prompts]
+        drafted = server.metric("qerve_spec_decode_num_draft_tokens_total")
+        assert drafted >= server.metric("qerve_spec_decode_num_drafts_total") > 0
+        assert drafted > server.metric("qerve_spec_decode_num_accepted_tokens_total") > 0

@@ -5,10 +5,11 @@ block table, slot or position changes the text.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import tokenizers
 import torch
 from torch import Tensor, nn
 
@@ -123,6 +124,16 @@ class RepetitiveModel(FakeModel):
         return whole if whole % 9 == 0 else state_of(token_ids[-1:])
 
 
+class RandomModel(FakeModel):
+    """Any byte or control token may come next: logits are random, and depend on the tokens so far."""
+
+    spread = 2.0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        rows = [torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(int(row))) for row in hidden[:, 0]]
+        return torch.stack(rows) * self.spread
+
+
 class BrokenModel(FakeModel):
     """Its logits are NaN once the last token is ``faults.nan_on``."""
 
@@ -159,10 +170,43 @@ class ByteTokenizer:
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         return [chr(token) if token < EOS else f"<{token}>" for token in ids]
 
-    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        if messages[-1]["role"] != "user":
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < EOS else b""
+
+    def to_json(self) -> str:
+        """The same tokenizer, as the library has it."""
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=byte_vocabulary(), merges=[]))
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        backend.add_special_tokens(["<end>", "<begin>"])
+        return backend.to_str()
+
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        if messages[-1]["role"] != "user" and add_generation_prompt:
             raise ValueError("the chat template rejects these messages: the last one must be the user's")
-        return "".join(f"{item['role']}: {item['content']}\n" for item in messages) + "assistant:"
+        prefix = (variables or {}).get("prefix", "")
+        text = "".join(f"{item['role']}: {item['content']}\n" for item in messages)
+        return f"{prefix}{text}assistant:" if add_generation_prompt else prefix + text
+
+
+def byte_vocabulary() -> dict[str, int]:
+    """Byte-level BPE's character of every byte -> the byte."""
+    characters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    encoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # What a character of two bytes is turned into tells both bytes' characters; the others follow in order.
+    spelled = {}
+    for code in range(0x800):
+        text = chr(code)
+        pieces = "".join(piece for piece, _ in encoder.pre_tokenize_str(text))
+        spelled.update(zip(pieces, text.encode(), strict=True))
+    rest = [character for character in characters if character not in spelled]
+    spelled.update(zip(rest, sorted(set(range(256)) - set(spelled.values())), strict=True))
+    return spelled
 
 
 @dataclass

@@ -29,7 +29,7 @@ def add_prompts(scheduler, **num_prompt_tokens):
 
 def compute(scheduler, step):
     """What the engine does with a step: every scheduled token is computed, and who has no more gets a token."""
-    for request, num_tokens, gets_token in step:
+    for request, num_tokens, gets_token, _ in step:
         request.scheduled_seconds = request.scheduled_seconds or 1.0
         scheduler.advance(request, num_tokens)
         if gets_token:

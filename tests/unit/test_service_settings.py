@@ -68,6 +68,8 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch):
         ({"dtype": "int3"}, "dtype"),
         ({"kv_cache_memory": "lots"}, "kv_cache_memory: .*is not a size"),
         ({"log_level": "loud"}, "log_level"),
+        ({"speculative_tokens": 33}, "speculative_tokens"),
+        ({"ngram_max": 0}, "ngram_max"),
     ],
 )
 def test_a_value_that_is_not_allowed_is_named(options, word):
