@@ -119,7 +119,8 @@ class Generation:
         self._reservation.close()
 
     def _expire(self) -> None:
-        if self._is_started and self.is_finished:  # only its reader is late
+        # Only its reader is late; but a call that keeps its seats may be about to start its next request.
+        if self._is_started and self.is_finished and not self._keeps_seats:
             return
         self.is_expired = True
         self._engine.abort(self._unfinished)

@@ -151,6 +151,19 @@ async def test_a_deadline_after_the_end_takes_nothing_from_a_slow_reader():
     assert not call.is_expired
 
 
+async def test_a_deadline_between_two_requests_of_a_call_that_keeps_its_seat_is_not_missed():
+    call = Generation(IdleEngine(), Admission(1, None, Throughput()).reserve(1, 1), keeps_seats=True)
+    call.start([request("a", 1)])
+    call.deliver(RequestOutput("a", finish_reason=FinishReason.LENGTH))
+    call._expire()
+    outputs = call.outputs()
+    assert (await anext(outputs)).request_id == "a"
+    call.start([request("b", 1)])
+    with pytest.raises(DeadlineExceededError):
+        await anext(outputs)
+    call.close()
+
+
 def test_speed_is_tokens_over_busy_time_and_follows_what_is_recent():
     speed = Throughput()
     assert speed.tokens_per_second == 0.0
