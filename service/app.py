@@ -1,55 +1,47 @@
 """Puts one application together: a loaded model, its engine, its metrics and the routes. Nothing at import time."""
 
-import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from starlette.middleware.cors import CORSMiddleware
 
 from models.artifact.format import qerve_version
 from models.artifact.load import LoadedModel
-from models.errors import QerveError
-from models.reconstruct import corrects_finished_codes
 
-from .api import chat, completions, perplexity, system
-from .api.schemas import ChatBody, CompletionBody, PerplexityBody
-from .deps import Context
+from .access import AccessMiddleware
+from .api import chat, completions, perplexity, system, tokenize
+from .api.admission import install_engine_handlers
+from .api.document import make_document
+from .api.rank import RANK_HEADER, rank_policy
+from .deps import TIMEOUT_HEADER, Context
 from .engine.async_engine import AsyncEngine
 from .engine.block_manager import BlockManager
 from .engine.capacity import CacheLimits, CachePlan, plan_cache, step_tokens
 from .engine.engine import Engine
 from .engine.ngram import Drafter
-from .engine.rank_policy import RankPolicy
 from .engine.runner import Runner
 from .engine.scheduler import Scheduler
 from .errors import install_handlers
 from .grammar import GrammarCompiler
+from .key_limits import KeyLimits
+from .keys import KeyRing
 from .memory import available_bytes
 from .metrics import WEIGHT_COMPONENTS, Metrics
-from .middleware import ApiKeyMiddleware, ErrorBoundaryMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
+from .middleware import ErrorBoundaryMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
 from .model_info import ModelInfo
 from .settings import Settings
 from .token_speller import TokenSpeller
 
-logger = logging.getLogger("qerve.server")
 
-BODIES: dict[str, type[BaseModel]] = {
-    "/v1/completions": CompletionBody,
-    "/v1/chat/completions": ChatBody,
-    "/v1/perplexity": PerplexityBody,
-}
-
-
-def create_app(loaded: LoadedModel, settings: Settings) -> FastAPI:
+def create_app(loaded: LoadedModel, settings: Settings, keys: KeyRing | None = None) -> FastAPI:
     """The application that serves ``loaded``; its engine runs from the application's start to its shutdown.
 
+    keys: None: those of the settings
+
     Raises:
-        QerveError: the cache or the steps that the settings ask for cannot be had.
+        QerveError: the cache or the steps that the settings ask for cannot be had, or the keys.
     """
     started = time.perf_counter()
     model = loaded.model
@@ -74,17 +66,31 @@ def create_app(loaded: LoadedModel, settings: Settings) -> FastAPI:
     tokenizer = loaded.tokenizer
     grammars = GrammarCompiler(tokenizer.to_json, tokenizer.eos_token_ids, model.config.vocab_size)
     speller = TokenSpeller(tokenizer)
-    ranks = _rank_policy(info, settings)
+    keys = key_ring(settings) if keys is None else keys
+    ranks = rank_policy(info, settings)
     metrics.add_value("elastic_rank", "Rank that new requests get", lambda: ranks.rank_at(engine.num_waiting))
-    app.state.context = Context(settings, loaded, info, engine, metrics, max_prompt_chars, grammars, speller, ranks)
-    for module in (completions, chat, perplexity, system):
+    app.state.context = Context(
+        settings, loaded, info, engine, metrics, max_prompt_chars, grammars, speller, keys, ranks
+    )
+    for module in (completions, chat, perplexity, tokenize, system):
         app.include_router(module.router)
     install_handlers(app)
-    _add_middleware(app, settings, metrics)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    install_engine_handlers(app)
+    _add_middleware(app, settings, metrics, keys)
+    app.openapi = lambda: make_document(app)  # type: ignore[method-assign]
     seconds = {"load": loaded.load_seconds, "prepare": time.perf_counter() - started}
     _describe_model(metrics, loaded, info, seconds)
     return app
+
+
+def key_ring(settings: Settings) -> KeyRing:
+    """The keys that ``settings`` name.
+
+    Raises:
+        QerveError: their file cannot be used.
+    """
+    key = settings.api_key
+    return KeyRing(None if key is None else key.get_secret_value(), settings.api_keys_file)
 
 
 def _model_name(settings: Settings) -> str:
@@ -116,31 +122,28 @@ def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: M
         "Key-value cache: all of it, what requests hold, and what is kept of former ones until that is wanted",
         lambda: [({"kind": kind}, block_bytes * number()) for kind, number in numbers_of_blocks.items()],
     )
-    return AsyncEngine(engine, settings.max_num_seqs + settings.max_queue)
+    metrics.add_value("throughput_tokens_per_second", "Recent speed", lambda: engine.throughput.tokens_per_second)
+    capacity = settings.max_num_seqs + settings.max_queue
+    async_engine = AsyncEngine(engine, capacity, settings.max_queued_tokens, settings.max_failed_steps)
+    admission = async_engine.admission
+    metrics.add_value("num_queued_tokens", "Prompt tokens that wait", lambda: admission.num_queued_tokens)
+    return async_engine
 
 
-def _rank_policy(info: ModelInfo, settings: Settings) -> RankPolicy:
-    floor, shed_at = settings.shed_rank_floor, settings.shed_rank_queue
-    method = info.manifest.build.reconstruct.method
-    if floor > info.rank:
-        raise QerveError(
-            f"shed_rank_floor {floor} is more than the artifact's rank of {info.rank}: choose at most that"
-        )
-    if shed_at is not None and not corrects_finished_codes(method):
-        logger.warning(
-            "shed_rank_queue: %s takes its correction out of the weights before it quantizes them; measure what is "
-            "left with rank %d (POST /v1/perplexity) before you let the server shed the rest",
-            method,
-            floor,
-        )
-    return RankPolicy(info.rank, floor, shed_at)
-
-
-def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics) -> None:
+def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, keys: KeyRing) -> None:
     """The last one added is the outermost: every response is counted and has its id, refused ones too."""
-    if settings.api_key is not None:
-        app.add_middleware(ApiKeyMiddleware, api_key=settings.api_key.get_secret_value())
+    limits = KeyLimits(settings.max_concurrent_per_key, settings.requests_per_minute_per_key)
+    app.add_middleware(AccessMiddleware, keys=keys, limits=limits, metrics=metrics)
     app.add_middleware(ErrorBoundaryMiddleware)
+    if settings.cors_allow_origins:
+        # Outside of the keys: a browser asks whether it may send one before it does.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type", "x-request-id", TIMEOUT_HEADER],
+            expose_headers=["x-request-id", "retry-after", RANK_HEADER],
+        )
     app.add_middleware(HttpMetricsMiddleware, metrics=metrics)
     app.add_middleware(RequestIdMiddleware)
 
@@ -170,18 +173,3 @@ def _describe_model(metrics: Metrics, loaded: LoadedModel, info: ModelInfo, star
     )
     add("model_load_seconds", "From opening the artifact to the network built", [({}, loaded.load_seconds)])
     add("startup_seconds", "Time from start to ready, by phase", phases)
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document with the request bodies, which are read by our own code and so unknown to it."""
-    if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        references, definitions = models_json_schema(
-            [(body, "validation") for body in BODIES.values()], ref_template="#/components/schemas/{model}"
-        )
-        document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
-        for path, body in BODIES.items():
-            content = {"application/json": {"schema": references[body, "validation"]}}
-            document["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
-        app.openapi_schema = document
-    return app.openapi_schema

@@ -1,5 +1,6 @@
 """What the endpoints share: the application's parts, and request bodies read with care."""
 
+import asyncio
 import json
 import logging
 import math
@@ -15,16 +16,19 @@ from models.artifact.load import LoadedModel
 
 from .engine.async_engine import AsyncEngine
 from .engine.rank_policy import RankPolicy
-from .errors import ApiError, bad_request, quote
+from .errors import ApiError, bad_request, deadline_exceeded, quote
 from .grammar import GrammarCompiler
+from .keys import KeyRing
 from .metrics import Metrics
 from .model_info import ModelInfo
+from .request_record import record_of
 from .settings import Settings
 from .token_speller import TokenSpeller
 
 logger = logging.getLogger("qerve.http")
 
-MAX_JSON_DEPTH = 32
+TIMEOUT_HEADER = "x-request-timeout"
+"""Seconds after which a client wants its request to end; it can shorten the server's own limit, not lengthen it."""
 MAX_DISCARDED_BYTES = 16 << 20
 MAX_SHOWN_PROBLEMS = 5
 M = TypeVar("M", bound=BaseModel)
@@ -46,6 +50,7 @@ class Context:
     max_prompt_chars: int
     grammars: GrammarCompiler
     speller: TokenSpeller
+    keys: KeyRing
     ranks: RankPolicy
 
     def check_model(self, name: str | None) -> None:
@@ -68,8 +73,17 @@ def json_body(schema: type[M]) -> Callable[[Request, Context], Awaitable[M]]:
     """A dependency that reads the body as ``schema``; every defect of the body is a 4xx that says what is wrong."""
 
     async def read(request: Request, context: ContextDep) -> M:
+        settings = context.settings
+        record = record_of(request.scope)
+        record.deadline_seconds = record.started_seconds + _timeout(request, settings.request_timeout_seconds)
         _check_content_type(request)
-        values = parse_json(await _read_bytes(request, context.settings.max_body_bytes))
+        try:
+            async with asyncio.timeout(record.remaining_seconds):
+                data = await _read_bytes(request, settings.max_body_bytes)
+        except TimeoutError:
+            context.metrics.deadline_exceeded()
+            raise deadline_exceeded() from None
+        values = parse_json(data, settings.max_json_depth)
         try:
             body = schema.model_validate(values)
         except ValidationError as error:
@@ -82,7 +96,7 @@ def json_body(schema: type[M]) -> Callable[[Request, Context], Awaitable[M]]:
     return read
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, max_depth: int) -> Any:
     """Strict JSON: valid UTF-8, finite numbers, bounded depth, no half surrogates.
 
     Raises:
@@ -97,17 +111,17 @@ def parse_json(data: bytes) -> Any:
     except json.JSONDecodeError as error:
         raise bad_request(f"The body is not valid JSON: {error.msg} at character {error.pos}.") from None
     except RecursionError:
-        raise bad_request(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.") from None
+        raise bad_request(f"The body is nested deeper than {max_depth} levels.") from None
     except ValueError:  # an integer of thousands of digits
         raise bad_request("The body holds a number with too many digits.") from None
-    _check_values(values)
+    _check_values(values, max_depth)
     return values
 
 
-def _check_values(values: Any) -> None:
+def _check_values(values: Any, max_depth: int) -> None:
     """Depth and text of everything in ``values``, without recursion."""
     level = [values]
-    for _ in range(MAX_JSON_DEPTH + 1):
+    for _ in range(max_depth + 1):
         for item in level:
             if isinstance(item, str):
                 _check_text(item)
@@ -121,7 +135,7 @@ def _check_values(values: Any) -> None:
                 level += item.values()
             else:
                 level += item
-    raise bad_request(f"The body is nested deeper than {MAX_JSON_DEPTH} levels.")
+    raise bad_request(f"The body is nested deeper than {max_depth} levels.")
 
 
 def _check_text(text: str) -> None:
@@ -141,6 +155,24 @@ def _parse_float(text: str) -> float:
     if not math.isfinite(value):
         raise bad_request(f"The body holds the number {quote(text)}; numbers must be finite.")
     return value
+
+
+def _timeout(request: Request, longest: float) -> float:
+    """Seconds that the request may take in all.
+
+    Raises:
+        ApiError: 400, the client's own limit is no number of seconds.
+    """
+    given = request.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return longest
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0.0 < seconds < math.inf:
+        raise bad_request(f"{TIMEOUT_HEADER} is {quote(given)}; give a number of seconds above 0.", TIMEOUT_HEADER)
+    return min(seconds, longest)
 
 
 def _check_content_type(request: Request) -> None:

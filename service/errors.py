@@ -19,6 +19,7 @@ ERROR_TYPES = {
     401: "AuthenticationError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
     413: "RequestTooLargeError",
     415: "UnsupportedMediaTypeError",
     429: "RateLimitError",
@@ -65,6 +66,12 @@ class ApiError(Exception):
 def bad_request(message: str, param: str | None = None, **details: Any) -> ApiError:
     """400."""
     return ApiError(400, message, param, details=details)
+
+
+def deadline_exceeded() -> ApiError:
+    """408, which OpenAI's clients would repeat by themselves if they were not told that it is of no use."""
+    message = "The request took longer than it may; what it had got so far is lost. Ask for fewer tokens or more time."
+    return ApiError(408, message, headers={"X-Should-Retry": "false"})
 
 
 def internal_error(message: str) -> ApiError:

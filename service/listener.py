@@ -5,6 +5,9 @@ import socket
 
 from models.errors import QerveError
 
+PEER_TIMEOUT_SECONDS = 120
+"""After so long, the kernel ends a connection whose peer takes nothing of what was sent: closing it waits for that."""
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket for ``host`` and ``port`` (0: any that is free), taken before the model is loaded.
@@ -16,6 +19,8 @@ def bind(host: str, port: int) -> socket.socket:
     # asyncio turns Nagle's algorithm off only on sockets that say they are TCP; with it, every answer waits 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # connections inherit it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * PEER_TIMEOUT_SECONDS)
     try:
         listener.bind((host, port))
     except OSError as error:

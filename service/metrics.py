@@ -90,9 +90,17 @@ class Metrics(EngineObserver):
         """A gauge ``qerve_NAME`` of the served model that never changes."""
         self.add_group(name, documentation, lambda: readings)
 
-    def rejected(self, reason: str) -> None:
-        """A request was turned away."""
-        self._rejected.labels(**self._labels, reason=reason).inc()
+    def rejected(self, reason: str, count: int = 1) -> None:
+        """A request was turned away, or ``count`` of them."""
+        self._rejected.labels(**self._labels, reason=reason).inc(count)
+
+    def deadline_exceeded(self) -> None:
+        """A request took longer than it may."""
+        self._deadlines.inc()
+
+    def reader_stalled(self) -> None:
+        """A stream was cut off because its reader took nothing."""
+        self._stalls.inc()
 
     def client_disconnected(self) -> None:
         """A client left before its answer was complete."""
@@ -186,6 +194,8 @@ class Metrics(EngineObserver):
         self._rejected = self._counter("requests_rejected", "Requests turned away, by reason", "reason")
         self._disconnects = self._counter("client_disconnects", "Clients that left before their answer was complete")
         self._rank_shed = self._counter("rank_shed_requests", "Sequences that got less rank because many waited")
+        self._deadlines = self._counter("deadline_exceeded", "Requests that took longer than they may")
+        self._stalls = self._counter("stalled_readers", "Streams cut off because their reader took nothing")
         self._perplexity_requests = self._counter("perplexity_requests", "Perplexity requests answered")
         self._perplexity_tokens = self._counter("perplexity_tokens", "Tokens scored by perplexity requests")
         self._nonfinite = self._counter("nonfinite_logits", "Rows of logits that held NaN or infinity")

@@ -1,12 +1,17 @@
-"""Settings of the server: command line over environment (``QERVE_*``) over defaults."""
+"""Settings of the server, each with its bounds, its default and what it means."""
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from models.errors import QerveError
 
@@ -27,62 +32,125 @@ def parse_size(value: object) -> object:
     return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
 
 
+def _split(value: object) -> object:
+    """``"a, b"`` as a list; what is no text is passed on."""
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
 ByteSize = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=1 << 50)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
 class Settings(BaseSettings):
-    """Everything an operator decides.
+    """Everything an operator decides: each field is an option, a variable ``QERVE_NAME`` and a key of the file.
 
-    model_name:       name that clients ask for; None: the artifact directory's name
-    activations:      bits to which the native kernels round inputs that the artifact leaves unquantized; auto: 8
-    kv_cache_dtype:   of the key-value cache; auto: fp16 on the native kernels, else the type of the activations
-    max_model_len:    tokens of prompt and output together; None: the model's context
-    max_num_seqs:     sequences generated at the same time
-    max_num_batched_tokens: tokens of one step: a token of every sequence that decodes, then prompts in chunks, so that
-                      a long prompt delays the others by one such step at a time; None: 512, on a GPU 2048
-    prefix_caching:   prompts that begin like earlier ones start behind what the cache still has of those
-    speculative_tokens: guessed tokens that a step checks besides the next one of a sequence; 0: none
-    ngram_max:        the last tokens that are looked up together to guess what follows, at most
-    kv_cache_memory:  bytes, or a text such as "2GiB"; None: from the memory that is available
-    max_queue:        sequences that may wait beyond those that run
-    shed_rank_queue:  waiting requests from which on new ones get less of the corrections; None: they always get all
-    shed_rank_floor:  the rank that they then get
-    max_perplexity_windows: windows of one perplexity request
-    max_logprobs:     most likely tokens that a completion may ask for with each token; chats may ask for 20 at most
-    max_body_bytes:   size of a request body
-    api_key:          when set, everything but /health/* asks for it
-    drain_timeout_seconds: how long a stopping server lets requests finish
-    sse_heartbeat_seconds: silence in a stream after which a comment is sent, so that proxies keep it open
+    The command line's help is made from the descriptions here.
     """
 
-    model_config = SettingsConfigDict(env_prefix="QERVE_", extra="ignore", env_ignore_empty=True)
+    model_config = SettingsConfigDict(env_prefix="QERVE_", extra="forbid", env_ignore_empty=True)
 
-    artifact: Path | None = None
-    model_name: str | None = Field(default=None, min_length=1, max_length=256)
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    backend: str = "auto"
-    activations: Literal["auto", "8", "16"] = "auto"
-    kv_cache_dtype: Literal["auto", "fp16", "int8"] = "auto"
-    max_model_len: int | None = Field(default=None, ge=2, le=1 << 24)
-    max_num_seqs: int = Field(default=8, ge=1, le=1024)
-    max_num_batched_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
-    prefix_caching: bool = True
-    speculative_tokens: int = Field(default=0, ge=0, le=32)
-    ngram_max: int = Field(default=3, ge=1, le=8)
-    kv_cache_memory: ByteSize | None = None
-    max_queue: int = Field(default=64, ge=0, le=100_000)
-    shed_rank_queue: int | None = Field(default=None, ge=1, le=100_000)
-    shed_rank_floor: int = Field(default=0, ge=0, le=1 << 20)
-    max_perplexity_windows: int = Field(default=4096, ge=1, le=1 << 20)
-    max_logprobs: int = Field(default=20, ge=0, le=1024)
-    max_body_bytes: ByteSize = 2 << 20
-    api_key: SecretStr | None = None
-    drain_timeout_seconds: float = Field(default=30.0, ge=0, le=3600)
-    sse_heartbeat_seconds: float = Field(default=15.0, gt=0, le=3600)
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    config: Path | None = Field(default=None, description="TOML file with settings; options and variables go over it")
+    artifact: Path | None = Field(default=None, description="Artifact directory, as `qerve build` wrote it")
+    model_name: str | None = Field(
+        default=None, min_length=1, max_length=256, description="Name that clients ask for; unset: the directory's name"
+    )
+    host: str = Field(default="127.0.0.1", description="Address to listen on")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port; 0: any free one")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="Type of activations")
+    backend: str = Field(default="auto", description="Kernel backend: auto, or a name such as native, reference")
+    activations: Literal["auto", "8", "16"] = Field(
+        default="auto", description="Bits to which native kernels round inputs that the artifact leaves alone; auto: 8"
+    )
+    kv_cache_dtype: Literal["auto", "fp16", "int8"] = Field(
+        default="auto", description="Keys and values; auto: fp16 on native kernels, else as activations"
+    )
+    max_model_len: int | None = Field(
+        default=None, ge=2, le=1 << 24, description="Tokens of prompt and output together; unset: the model's context"
+    )
+    max_num_seqs: int = Field(default=8, ge=1, le=1024, description="Sequences generated at once")
+    max_num_batched_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=1 << 20,
+        description="Tokens of one step; longer prompts run in chunks; unset: 512, on a GPU 2048",
+    )
+    prefix_caching: bool = Field(default=True, description="Reuse keys and values of prompts that begin alike")
+    speculative_tokens: int = Field(
+        default=0, ge=0, le=32, description="Guessed tokens that a step checks beside each sequence's next; 0: none"
+    )
+    ngram_max: int = Field(
+        default=3, ge=1, le=8, description="Last tokens that are looked up together for a guess, at most"
+    )
+    kv_cache_memory: ByteSize | None = Field(
+        default=None, description="Key-value cache, e.g. 2GiB; unset: from free memory"
+    )
+    max_queue: int = Field(default=64, ge=0, le=100_000, description="Sequences that may wait")
+    shed_rank_queue: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="From so many waiting requests on, new ones get less rank; unset: never",
+    )
+    shed_rank_floor: int = Field(default=0, ge=0, le=1 << 20, description="The rank that they then get")
+    max_queued_tokens: int | None = Field(
+        default=None, ge=1, le=1 << 40, description="Prompt tokens that may wait; unset: only sequences are counted"
+    )
+    max_prompts: int = Field(default=32, ge=1, le=32, description="Prompts of one request")
+    max_choices: int = Field(default=8, ge=1, le=8, description="Choices (n) per prompt")
+    max_perplexity_windows: int = Field(default=4096, ge=1, le=1 << 20, description="Windows of one perplexity request")
+    max_logprobs: int = Field(
+        default=20, ge=0, le=1024, description="Most likely tokens given with each one; for chats 20 at most"
+    )
+    max_body_bytes: ByteSize = Field(default=2 << 20, description="Size of a request body")
+    max_json_depth: int = Field(default=32, ge=2, le=256, description="Nesting of a request body")
+    request_timeout_seconds: float = Field(
+        default=3600.0, gt=0, le=86400, description="Longest a request may take; clients may ask for less"
+    )
+    sse_heartbeat_seconds: float = Field(
+        default=15.0,
+        gt=0,
+        le=3600,
+        description="Silence in a stream after which a comment is sent, for proxies",
+    )
+    sse_write_timeout_seconds: float = Field(
+        default=60.0, gt=0, le=3600, description="How long a stream's reader may take nothing before it is dropped"
+    )
+    drain_timeout_seconds: float = Field(
+        default=30.0, ge=0, le=3600, description="How long a stopping server lets requests finish"
+    )
+    max_failed_steps: int = Field(
+        default=3, ge=1, le=1000, description="Failed steps in a row after which the process ends"
+    )
+    api_key: SecretStr | None = Field(default=None, description="Key that clients must send; better as QERVE_API_KEY")
+    api_keys_file: Path | None = Field(
+        default=None, description="File of keys, one KEY or NAME:KEY per line; read again on SIGHUP"
+    )
+    max_concurrent_per_key: int | None = Field(
+        default=None, ge=1, le=100_000, description="Requests of one key at the same time; unset: not limited"
+    )
+    requests_per_minute_per_key: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="Requests of one key per minute; unset: not limited"
+    )
+    cors_allow_origins: Names = Field(
+        default=(), description="Origins whose pages may call, separated by commas; unset: none"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged")
+    log_format: Literal["text", "json"] = Field(default="text", description="Log lines for people or as JSON objects")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Options over the environment over the file that one of them names."""
+        path = init_settings().get("config") or env_settings().get("config")
+        file = () if path is None else (TomlConfigSettingsSource(settings_cls, toml_file=Path(path)),)
+        return (init_settings, env_settings, *file)
 
     @property
     def torch_device(self) -> "torch.device":
@@ -111,16 +179,3 @@ class Settings(BaseSettings):
 
         dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
         return dtypes.get(self.dtype)
-
-
-def read_settings(options: Mapping[str, Any]) -> Settings:
-    """``options`` (from the command line) over the environment over the defaults.
-
-    Raises:
-        QerveError: a value that is not allowed, with its name.
-    """
-    try:
-        return Settings(**options)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise QerveError(f"settings (options or QERVE_* variables): {problems}") from error

@@ -135,6 +135,10 @@ class Tokenizer:
         """Text of ``ids``; bytes that are not UTF-8 become U+FFFD, and ids without a token become nothing."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        """How the vocabulary spells each of ``ids``; an id without a token is spelled as nothing."""
+        return [self._backend.id_to_token(token_id) or "" for token_id in ids]
+
     def token_bytes(self, token_id: int) -> bytes:
         """Bytes that a token stands for, which need not be whole characters; none for an id without a token."""
         return bytes_of_token(self._backend.id_to_token(token_id) or "")

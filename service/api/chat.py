@@ -14,7 +14,8 @@ from models.errors import QerveError
 
 from ..deps import Context, ContextDep, json_body
 from ..errors import ApiError, bad_request, internal_error
-from .generation import Call, Choice, admit, max_tokens_for, start, stream, tokenize, unless_disconnected
+from .admission import admit_prompts
+from .generation import Call, Choice, max_tokens_for, start, stream, tokenize, unless_disconnected
 from .rank import check_rank, with_rank
 from .sampling import sampling_of
 from .schemas import ChatBody, ChatMessage
@@ -33,7 +34,8 @@ async def chat_completions(
     context.check_model(body.model)
     check_rank(context, body.rank)
     with ExitStack() as stack:
-        generation = admit(context, body.n or 1)
+        text = "".join(message.content for message in body.messages)
+        generation = admit_prompts(request, context, [text], body.n or 1)
         stack.callback(generation.close)
         prompt = await asyncio.to_thread(_prompt, context, body)
         # The template writes the special tokens itself.

@@ -11,7 +11,8 @@ from fastapi.responses import JSONResponse, Response
 
 from ..deps import Context, ContextDep, json_body
 from ..errors import ApiError
-from .generation import Call, Choice, admit, max_tokens_for, start, stream, tokenize, unless_disconnected
+from .admission import admit_prompts
+from .generation import Call, Choice, max_tokens_for, start, stream, tokenize, unless_disconnected
 from .rank import check_rank, with_rank
 from .sampling import sampling_of
 from .schemas import CompletionBody
@@ -33,7 +34,7 @@ async def completions(
     context.check_model(body.model)
     check_rank(context, body.rank)
     with ExitStack() as stack:
-        generation = admit(context, len(body.prompt) * (body.n or 1))
+        generation = admit_prompts(request, context, body.prompt, body.n or 1)
         stack.callback(generation.close)
         is_marked = body.add_special_tokens is not False
         rows = await tokenize(context, body.prompt, "prompt", is_marked, body.truncate_prompt_tokens)

@@ -9,16 +9,15 @@ from typing import Any, TypeVar
 from fastapi import Request as HttpRequest
 
 from ..deps import Context
-from ..engine.async_engine import DrainingError, Generation, QueueFullError
 from ..engine.engine import RequestOutput
+from ..engine.generation import DeadlineExceededError, Generation
 from ..engine.request import FinishReason, Request, SamplingParams
-from ..errors import ApiError, bad_request, internal_error
+from ..errors import ApiError, bad_request, deadline_exceeded, internal_error
 from .rank import rank_in_engine, rank_of
 from .schemas import GenerationBody, Prompt
-from .sse import EventStream
+from .sse import EventStream, StreamEnd
 from .token_logprobs import ChoiceTokens
 
-RETRY_SECONDS = {"Retry-After": "1"}
 T = TypeVar("T")
 
 
@@ -74,43 +73,32 @@ class Call:
         """Each output with the choice it was added to.
 
         Raises:
-            ApiError: 500, the engine failed on a request of this call; 400, the request cannot be carried out.
+            ApiError: 500, the engine failed on a request of this call; 400, the request cannot be carried out; 408,
+                time is up.
         """
-        async for output in self.generation.outputs():
-            if output.finish_reason is FinishReason.ERROR:
-                raise _failure(output)
-            choice = self.choices[output.request_id]
-            choice.text += output.text
-            choice.token_ids += output.token_ids
-            choice.tokens.add(output)
-            choice.num_tokens = output.num_output_tokens
-            choice.num_cached_tokens = output.num_cached_tokens
-            choice.finish_reason = output.finish_reason
-            yield choice, output
+        try:
+            async for output in self.generation.outputs():
+                yield self._add(output), output
+        except DeadlineExceededError:
+            raise deadline_exceeded() from None
+
+    def _add(self, output: RequestOutput) -> Choice:
+        if output.finish_reason is FinishReason.ERROR:
+            raise _failure(output)
+        choice = self.choices[output.request_id]
+        choice.text += output.text
+        choice.token_ids += output.token_ids
+        choice.tokens.add(output)
+        choice.num_tokens = output.num_output_tokens
+        choice.num_cached_tokens = output.num_cached_tokens
+        choice.finish_reason = output.finish_reason
+        return choice
 
     async def finish(self) -> list[Choice]:
         """Wait for the end of every choice."""
         async for _ in self.outputs():
             pass
         return sorted(self.choices.values(), key=lambda choice: choice.index)
-
-
-def admit(context: Context, num_sequences: int, *, keeps_seats: bool = False) -> Generation:
-    """Seats for one call, before any work is done for it; see ``AsyncEngine.admit``.
-
-    Raises:
-        ApiError: 400, 429 or 503.
-    """
-    if num_sequences > context.engine.capacity:
-        raise bad_request(f"{num_sequences} sequences in one request; this server takes {context.engine.capacity}.")
-    try:
-        return context.engine.admit(num_sequences, keeps_seats=keeps_seats)
-    except QueueFullError:
-        context.metrics.rejected("queue_full")
-        raise ApiError(429, "The queue is full. Try again later.", headers=RETRY_SECONDS) from None
-    except DrainingError:
-        context.metrics.rejected("draining")
-        raise ApiError(503, "The server is shutting down.", headers=RETRY_SECONDS) from None
 
 
 async def tokenize(
@@ -168,8 +156,9 @@ def max_tokens_for(context: Context, num_prompt_tokens: int, requested: int | No
     if requested > room:
         context.metrics.rejected("too_long")
         message = (
-            f"The context holds {context.info.max_model_len} tokens, but {num_prompt_tokens} in the prompt and "
-            f"{requested} of output make {num_prompt_tokens + requested}: shorten the prompt or lower max_tokens."
+            f"This model's maximum context length is {context.info.max_model_len} tokens, but {num_prompt_tokens} in "
+            f"the prompt and {requested} of output make {num_prompt_tokens + requested}: shorten the prompt or lower "
+            "max_tokens."
         )
         raise bad_request(message, "max_tokens", n_prompt_tokens=num_prompt_tokens, n_ctx=context.info.max_model_len)
     return requested
@@ -228,12 +217,15 @@ async def unless_disconnected(request: HttpRequest, context: Context, work: Awai
 def stream(context: Context, events: AsyncIterator[str], close: Callable[[], None]) -> EventStream:
     """A response of ``events`` that calls ``close`` at its end."""
 
-    def finish(is_complete: bool) -> None:
-        if not is_complete:
+    def finish(end: StreamEnd) -> None:
+        if end is StreamEnd.STALLED:
+            context.metrics.reader_stalled()
+        elif end is StreamEnd.DISCONNECTED:
             context.metrics.client_disconnected()
         close()
 
-    return EventStream(events, finish, context.settings.sse_heartbeat_seconds)
+    settings = context.settings
+    return EventStream(events, finish, settings.sse_heartbeat_seconds, settings.sse_write_timeout_seconds)
 
 
 def _failure(output: RequestOutput) -> ApiError:
@@ -253,7 +245,7 @@ def _too_long(context: Context, length: str, param: str, num_tokens: int | None 
     if num_tokens is not None:
         details["n_prompt_tokens"] = num_tokens
     message = (
-        f"The context holds {context.info.max_model_len} tokens, prompt and output together; a prompt {length} leaves "
-        "no room. Shorten it."
+        f"This model's maximum context length is {context.info.max_model_len} tokens, prompt and output together; a "
+        f"prompt {length} leaves no room. Shorten it."
     )
     return bad_request(message, param, **details)

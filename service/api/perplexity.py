@@ -16,11 +16,12 @@ from models.errors import EvaluationError
 from models.evaluate.perplexity import PerplexityResult, Window, plan_windows, summarize
 
 from ..deps import Context, ContextDep, json_body
-from ..engine.async_engine import Generation
+from ..engine.generation import Generation
 from ..engine.request import FinishReason, SamplingParams
 from ..engine.request import Request as EngineRequest
 from ..errors import bad_request, internal_error
-from .generation import admit, check_token_ids, unless_disconnected
+from .admission import admit, estimate_tokens
+from .generation import check_token_ids, unless_disconnected
 from .rank import check_rank, rank_in_engine, rank_of, with_rank
 from .schemas import PerplexityBody
 
@@ -44,7 +45,8 @@ async def perplexity(
     check_rank(context, body.rank)
     with ExitStack() as stack:
         # However many windows there are, the call counts as one sequence: it waits in the queue once.
-        call = admit(context, 1, keeps_seats=True)
+        num_tokens = min(estimate_tokens(body.text or body.token_ids or []), TOKENS_TOGETHER)
+        call = admit(request, context, 1, num_tokens, keeps_seats=True)
         stack.callback(call.close)
         tokens = await _tokens(context, body)
         windows = _plan(context, body, len(tokens))

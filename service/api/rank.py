@@ -1,11 +1,20 @@
 """Elastic rank: how much of the corrections a call's sequences get, and how its answer says so."""
 
+import logging
 from typing import TypeVar
 
 from fastapi.responses import Response
 
+from models.errors import QerveError
+from models.reconstruct import corrects_finished_codes
+
 from ..deps import Context
+from ..engine.rank_policy import RankPolicy
 from ..errors import bad_request
+from ..model_info import ModelInfo
+from ..settings import Settings
+
+logger = logging.getLogger("qerve.server")
 
 RANK_HEADER = "X-Qerve-Rank"
 R = TypeVar("R", bound=Response)
@@ -43,3 +52,25 @@ def with_rank(response: R, rank: int) -> R:
     """``response`` with the rank that it was made with in its header."""
     response.headers[RANK_HEADER] = str(rank)
     return response
+
+
+def rank_policy(info: ModelInfo, settings: Settings) -> RankPolicy:
+    """What decides the rank of requests that leave it open.
+
+    Raises:
+        QerveError: the settings want a floor that is more than the model has.
+    """
+    floor, shed_at = settings.shed_rank_floor, settings.shed_rank_queue
+    method = info.manifest.build.reconstruct.method
+    if floor > info.rank:
+        raise QerveError(
+            f"shed_rank_floor {floor} is more than the artifact's rank of {info.rank}: choose at most that"
+        )
+    if shed_at is not None and not corrects_finished_codes(method):
+        logger.warning(
+            "shed_rank_queue: %s takes its correction out of the weights before it quantizes them; measure what is "
+            "left with rank %d (POST /v1/perplexity) before you let the server shed the rest",
+            method,
+            floor,
+        )
+    return RankPolicy(info.rank, floor, shed_at)

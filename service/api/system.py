@@ -8,7 +8,7 @@ from prometheus_client.exposition import choose_encoder
 
 from ..deps import ContextDep
 from ..errors import ApiError
-from .generation import RETRY_SECONDS
+from .admission import RETRY_SECONDS
 
 router = APIRouter()
 
@@ -34,8 +34,8 @@ async def live() -> dict[str, str]:
 
 @router.get("/health/ready", summary="May requests be sent here?")
 async def ready(context: ContextDep) -> JSONResponse:
-    """200 while requests are taken; 503 before the engine runs and once the server is shutting down."""
-    if context.engine.is_draining or not context.engine.is_running:
+    """200 while requests are taken; 503 while the model loads, the server shuts down or the engine has failed."""
+    if not context.engine.is_ready:
         raise ApiError(503, "The server does not take requests now.", headers=RETRY_SECONDS)
     return JSONResponse({"status": "ok"})
 

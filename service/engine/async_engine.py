@@ -2,91 +2,40 @@
 
 One thread owns the engine: requests and aborts reach it through an inbox, outputs go back to the event loop in one hop
 per step.
-Admission is counted on the event loop, before any work is done for a call, and given back exactly once.
+Steps that fail several times in a row, or a loop that ends by itself, are the end of the engine: it takes nothing more,
+everything it holds ends with an error, and ``failure`` says why. Nobody waits for a thread that is gone.
 """
 
 import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 
+from .admission import Admission, DrainingError
 from .engine import Engine, RequestOutput
+from .generation import Generation
 from .request import FinishReason, Request
 
 logger = logging.getLogger("qerve.engine")
 
 
-class QueueFullError(Exception):
-    """As many sequences are admitted as the queue takes."""
-
-
-class DrainingError(Exception):
-    """The server is shutting down and takes no new work."""
-
-
-class Generation:
-    """One call's share of the engine: its seats, and the outputs of its requests as they come.
-
-    Whoever gets one from ``AsyncEngine.admit`` closes it; closing aborts what is unfinished.
-
-    keeps_seats: a request's end does not free its seat: the next one of the same call takes it
-    """
-
-    def __init__(self, engine: "AsyncEngine", num_sequences: int, keeps_seats: bool) -> None:
-        self.arrival_seconds = engine.clock()
-        self._engine = engine
-        self._num_seats = num_sequences
-        self._keeps_seats = keeps_seats
-        self._outputs: asyncio.Queue[RequestOutput] = asyncio.Queue()
-        self._unfinished: set[str] = set()
-
-    @property
-    def is_finished(self) -> bool:
-        """Every request that was started has its last output."""
-        return not self._unfinished
-
-    def start(self, requests: Sequence[Request]) -> None:
-        """Hand ``requests`` to the engine, at most one per seat that is free."""
-        self._unfinished |= {request.request_id for request in requests}
-        self._engine.add(self, requests)
-
-    async def outputs(self) -> AsyncIterator[RequestOutput]:
-        """Outputs of all requests, in the order the engine made them, until the last one of each."""
-        while not (self.is_finished and self._outputs.empty()):
-            yield await self._outputs.get()
-
-    def deliver(self, output: RequestOutput) -> None:
-        """Take an output from the engine; a request's last one frees its seat even if nobody reads it."""
-        self._outputs.put_nowait(output)
-        if output.finish_reason is not None:
-            self._unfinished.discard(output.request_id)
-            if not self._keeps_seats:
-                self._release(1)
-
-    def close(self) -> None:
-        """Abort what is unfinished and give the seats back; once is enough, twice does no harm."""
-        self._engine.abort(self._unfinished)
-        self._unfinished = set()
-        self._release(self._num_seats)
-
-    def _release(self, num_seats: int) -> None:
-        self._num_seats -= num_seats
-        self._engine.release(num_seats)
-
-
 class AsyncEngine:
     """An ``Engine`` in its own thread.
 
-    capacity: sequences admitted at the same time, running and waiting together
+    capacity:          sequences admitted at the same time, running and waiting together
+    max_queued_tokens: prompt tokens that may wait; None: any number
+    max_failed_steps:  failed steps in a row after which the engine ends
     """
 
-    def __init__(self, engine: Engine, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(
+        self, engine: Engine, capacity: int, max_queued_tokens: int | None = None, max_failed_steps: int = 3
+    ) -> None:
+        self.admission = Admission(capacity, max_queued_tokens, engine.throughput)
         self.clock = engine.clock
         self.is_draining = False
         self._engine = engine
-        self._num_admitted = 0
+        self._max_failed_steps = max_failed_steps
         self._generations: dict[str, Generation] = {}
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
@@ -101,15 +50,29 @@ class AsyncEngine:
         return self._thread is not None and self._thread.is_alive() and not self._is_stopping
 
     @property
+    def is_ready(self) -> bool:
+        """Requests may be sent here."""
+        return self.is_running and not self.is_draining and self.failure is None and self._engine.health.is_sound
+
+    @property
     def is_idle(self) -> bool:
         """No call holds a seat."""
-        return self._num_admitted == 0
+        return self.admission.num_sequences == 0
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine has ended by itself; None: it has not."""
+        if self._engine.health.num_failed_steps >= self._max_failed_steps:
+            return f"{self._engine.health.num_failed_steps} steps of the engine failed in a row"
+        if self._has_ended and self._thread is not None and not self._is_stopping:
+            return "the engine's thread has ended"
+        return None
 
     @property
     def num_waiting(self) -> int:
         """Sequences that were admitted and have no seat in a step: too many for the seats, or for the cache."""
         scheduler = self._engine.scheduler
-        return max(self._num_admitted - scheduler.max_num_seqs, len(scheduler.waiting))
+        return max(self.admission.num_sequences - scheduler.max_num_seqs, len(scheduler.waiting))
 
     def start(self) -> None:
         """Start the thread; outputs go to the event loop that is running now."""
@@ -125,33 +88,31 @@ class AsyncEngine:
             self._is_stopping = True
             self._wake.notify()
 
-    async def stop(self) -> None:
-        """``abandon``, and wait for the thread's end."""
+    async def stop(self, patience_seconds: float = 60.0) -> None:
+        """``abandon``, and wait for the thread's end, which a step that hangs does not come to."""
         self.abandon()
         if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, patience_seconds)
 
     def begin_drain(self) -> None:
         """Admit nothing more; what was admitted goes on."""
         self.is_draining = True
 
-    def admit(self, num_sequences: int, *, keeps_seats: bool = False) -> Generation:
-        """Seats for one call, taken at once.
+    def admit(self, num_sequences: int, num_tokens: int = 0, *, keeps_seats: bool = False) -> Generation:
+        """Room for one call, taken at once.
 
         Args:
             num_sequences: how many of its requests the engine has at the same time.
-            keeps_seats: the seats are for more requests than that, one after another, until the call is closed.
+            num_tokens: about how many tokens their prompts hold together.
+            keeps_seats: the room is for more requests than that, one after another, until the call is closed.
 
         Raises:
             DrainingError: the server is shutting down.
-            QueueFullError: fewer than ``num_sequences`` seats are free.
+            QueueFullError: there is too little room.
         """
-        if self.is_draining:
+        if self.is_draining or self.failure is not None:
             raise DrainingError
-        if self._num_admitted + num_sequences > self.capacity:
-            raise QueueFullError
-        self._num_admitted += num_sequences
-        return Generation(self, num_sequences, keeps_seats)
+        return Generation(self, self.admission.reserve(num_sequences, num_tokens), keeps_seats)
 
     def add(self, generation: Generation, requests: Sequence[Request]) -> None:
         """Queue ``requests``; their outputs go to ``generation``."""
@@ -166,10 +127,6 @@ class AsyncEngine:
         if request_ids:
             self._post(lambda: self._engine.abort(request_ids))
 
-    def release(self, num_seats: int) -> None:
-        """Give admission seats back."""
-        self._num_admitted -= num_seats
-
     def _post(self, command: Callable[[], None]) -> bool:
         """Give the thread a command; False when it has ended."""
         with self._wake:
@@ -180,27 +137,36 @@ class AsyncEngine:
         return True
 
     def _run(self) -> None:
-        while not self._is_stopping:
-            with self._wake:
-                self._wake.wait_for(self._has_work)
-                inbox, self._inbox = self._inbox, []
-            try:
-                for command in inbox:
-                    command()
-                self._publish(self._engine.step())
-            except Exception:
-                logger.exception("the engine loop failed outside a step")
-                self._publish(self._engine.fail_all("the engine failed"))
-        self._end_all()
+        try:
+            while not self._is_stopping and self.failure is None:
+                self._run_once()
+        except BaseException:
+            logger.critical("the engine's thread ends", exc_info=True)
+        finally:
+            self._end_all("the server is shutting down" if self._is_stopping else "the engine failed")
 
-    def _end_all(self) -> None:
+    def _run_once(self) -> None:
+        """What has arrived, then one step."""
+        with self._wake:
+            self._wake.wait_for(self._has_work)
+            inbox, self._inbox = self._inbox, []
+        try:
+            for command in inbox:
+                command()
+            self._publish(self._engine.step())
+        except Exception:
+            logger.exception("the engine loop failed outside a step")
+            self._engine.health.step_failed()
+            self._publish(self._engine.fail_all("the engine failed"))
+
+    def _end_all(self, message: str) -> None:
         """Give everything that is left an end: the thread is about to be gone."""
         with self._wake:
             self._has_ended = True
             inbox, self._inbox = self._inbox, []
         for command in inbox:
             command()
-        self._publish(self._engine.fail_all("the server is shutting down"))
+        self._publish(self._engine.fail_all(message))
 
     def _add(self, requests: Sequence[Request]) -> None:
         for request in requests:

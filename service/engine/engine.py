@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from .detokenizer import Decoder, Detokenizer, StopMatcher, TextStream, TokenTexts
+from .health import EngineHealth
 from .logits import LogitsProcessor
 from .logprobs import TokenLogprobs
 from .request import FinishReason, Request
@@ -15,6 +16,7 @@ from .runner import Runner
 from .sampler import Sampled, sample_with_logprobs
 from .scheduler import ScheduledRequest, Scheduler
 from .speculation import sample_drafts
+from .throughput import Throughput
 
 logger = logging.getLogger("qerve.engine")
 
@@ -89,6 +91,8 @@ class Engine:
     ) -> None:
         self.scheduler = scheduler
         self.clock = clock
+        self.health = EngineHealth()
+        self.throughput = Throughput()
         self._runner = runner
         self._decoder = TokenTexts(tokenizer)
         self._eos_token_ids = tokenizer.eos_token_ids
@@ -141,6 +145,7 @@ class Engine:
             tokens, scores = self._run(scheduled)
         except Exception:
             logger.exception("a step of %d requests failed", len(scheduled))
+            self.health.step_failed()
             return [self._fail(item.request, "the model failed on this request") for item in scheduled]
         outputs = [self._collect_scores(item.request, scores.get(item.request, [])) for item in scheduled]
         # Of a request that failed by its scores, the token is of no use.
@@ -156,12 +161,15 @@ class Engine:
         tokens: list[tuple[Request, Sampled]] = []
         if logits is not None:
             tokens = sample_drafts(logits, scheduled, sample_with_logprobs, lambda sampled: sampled.token_id)
-        for request, num_tokens, _, draft in scheduled:
-            self.scheduler.advance(request, num_tokens - len(draft))
+        for request, num_new, _, draft in scheduled:
+            self.scheduler.advance(request, num_new - len(draft))
             if request.scheduled_seconds is None:
                 request.scheduled_seconds = started
                 self._observer.request_started(request)
-        self._observer.step_ran(sum(item.num_tokens for item in scheduled))
+        num_tokens = sum(item.num_tokens for item in scheduled)
+        self._observer.step_ran(num_tokens)
+        self.throughput.step_ran(num_tokens, self.clock() - started)
+        self.health.step_succeeded()
         self._count_drafts(scheduled, tokens)
         return tokens, scores
 
@@ -181,6 +189,7 @@ class Engine:
             self._finish(request, FinishReason.LENGTH)
         elif not scores:
             return None
+        self.health.request_advanced()
         return RequestOutput(request.request_id, finish_reason=request.finish_reason, prompt_logprobs=scores)
 
     def _collect(self, request: Request, sampled: Sampled) -> RequestOutput:
@@ -204,6 +213,7 @@ class Engine:
         if previous is None:
             request.first_token_seconds = request.last_token_seconds
         self._observer.token_generated(request, previous)
+        self.health.request_advanced()
         stream = self._texts[request.request_id]
         text = "" if request.is_hidden(token) else stream.push(token)
         reason = self._finish_reason(request, stream.is_stopped)
@@ -233,6 +243,7 @@ class Engine:
 
     def _fail_not_finite(self, request: Request) -> RequestOutput:
         self._observer.logits_not_finite()
+        self.health.request_broke()
         return self._fail(request, "the model produced values that are not finite")
 
     def _fail(self, request: Request, message: str) -> RequestOutput:
@@ -242,6 +253,8 @@ class Engine:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self.scheduler.finish(request, reason)
         request.finished_seconds = self.clock()
+        if request.params.max_tokens:
+            self.throughput.request_finished(request.num_output_tokens)
         del self._requests[request.request_id]
         del self._texts[request.request_id]
         self._observer.request_finished(request)

@@ -76,7 +76,7 @@ def test_metrics_are_offered_as_openmetrics_too(server):
 def test_http_requests_are_counted_by_route_template_and_never_by_path(server):
     server.get("/v1/models/some-made-up-name")
     server.get("/made/up/path")
-    server.client.request("MADEUP", "/made/up/path")
+    server.client.request("PROPFIND", "/made/up/path")
     server.post("/v1/completions", json={"prompt": ""})
     count = server.metric
     assert count("qerve_http_requests_total", path="/v1/models/{model_id}", status="404", method="GET") == 1
@@ -153,6 +153,16 @@ def test_a_port_in_use_is_an_error_that_says_so():
 def test_an_address_of_another_machine_is_an_error():
     with pytest.raises(QerveError, match=r"cannot listen on 192\.0\.2\.1"):
         bind("192.0.2.1", 0)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the system has no such limit")
+def test_a_connection_whose_peer_takes_nothing_is_not_kept_for_ever():
+    with bind("127.0.0.1", 0) as listener:
+        listener.listen()
+        with socket.create_connection(listener.getsockname()):
+            connection, _ = listener.accept()
+            with connection:
+                assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 120_000
 
 
 def test_connections_send_small_answers_at_once():

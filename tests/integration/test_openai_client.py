@@ -102,12 +102,12 @@ def test_errors_become_the_clients_exceptions(server, client):
 
 
 def test_a_full_queue_is_a_rate_limit_error(server, client):
-    server.context.engine.admit(1)
+    seat = server.context.engine.admission.reserve(1, 0)
     try:
         with pytest.raises(openai.RateLimitError):
             client.completions.create(model="fake", prompt="x")
     finally:
-        server.context.engine.release(1)
+        seat.close()
 
 
 def test_an_error_in_the_middle_of_a_stream_is_raised():

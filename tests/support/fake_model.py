@@ -175,6 +175,9 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return bytes(token for token in ids if token < EOS).decode("utf-8", errors="replace")
 
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        return [chr(token) if token < EOS else f"<{token}>" for token in ids]
+
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < EOS else b""
 

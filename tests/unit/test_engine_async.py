@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from service.engine.async_engine import AsyncEngine, DrainingError, QueueFullError
+from service.engine.admission import DrainingError, QueueFullError
+from service.engine.async_engine import AsyncEngine
 from service.engine.request import FinishReason
 from tests.support.fake_model import FakeModel, Faults
 from tests.unit.test_engine_step import greedy_text, make_engine, make_request

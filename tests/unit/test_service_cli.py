@@ -1,5 +1,6 @@
 """The front door: what an operator sees when something is wrong, and that --help needs nothing heavy."""
 
+import inspect
 import socket
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from typer.testing import CliRunner
 
 from models.cli import make_cli
 from models.errors import QerveError
-from service.cli import serve
+from service.cli_serve import serve
+from service.settings import Settings
 
 
 @pytest.fixture
@@ -18,6 +20,7 @@ def cli(monkeypatch):
         monkeypatch.delenv(f"QERVE_{name}", raising=False)
     command = make_cli()
     command.command("serve")(serve)
+    monkeypatch.setenv("COLUMNS", "200")  # option names are not broken over lines
 
     def run(*arguments):
         return CliRunner().invoke(command, ["serve", *map(str, arguments)])
@@ -30,6 +33,27 @@ def test_serve_has_help_with_its_options(cli):
     assert result.exit_code == 0
     for option in ("--port", "--kv-cache-memory", "--max-model-len", "--api-key"):
         assert option in result.output
+
+
+def test_every_setting_is_an_option_and_nothing_else_is(cli):
+    given = {name for parameter in inspect.signature(serve).parameters.values() for name in [parameter.name]}
+    assert given == {*Settings.model_fields, "print_config"}
+    output = cli("--help").output
+    for name in set(Settings.model_fields) - {"artifact"}:
+        assert f"--{name.replace('_', '-')}" in output
+
+
+def test_print_config_shows_the_settings_without_starting_or_telling_secrets(cli):
+    result = cli("nowhere", "--port", 9000, "--api-key", "hunter2", "--print-config")
+    assert result.exit_code == 0
+    assert "port = 9000  # --port" in result.output
+    assert "hunter2" not in result.output
+
+
+def test_a_config_file_with_a_key_that_is_no_setting_is_named(cli, tmp_path):
+    file = tmp_path / "qerve.toml"
+    file.write_text("prot = 5")
+    assert "'prot' is no setting" in str(cli(tmp_path, "--config", file).exception)
 
 
 def test_a_missing_artifact_is_named(cli, tmp_path):

@@ -6,12 +6,26 @@ import pytest
 import torch
 
 from models.errors import QerveError
-from service.settings import parse_size, read_settings
+from service.configuration import describe, read_settings
+from service.settings import Settings, parse_size
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
-    for name in ("PORT", "HOST", "MODEL_NAME", "KV_CACHE_MEMORY", "API_KEY", "ARTIFACT", "DEVICE", "MAX_NUM_SEQS"):
+    for name in (
+        "PORT",
+        "HOST",
+        "MODEL_NAME",
+        "KV_CACHE_MEMORY",
+        "API_KEY",
+        "ARTIFACT",
+        "DEVICE",
+        "MAX_NUM_SEQS",
+        "CONFIG",
+        "MAX_QUEUE",
+    ):
         monkeypatch.delenv(f"QERVE_{name}", raising=False)
 
 
@@ -77,3 +91,85 @@ def test_dtype_auto_leaves_the_choice_to_the_device():
     assert read_settings({}).torch_dtype is None
     assert read_settings({"dtype": "bfloat16"}).torch_dtype is torch.bfloat16
     assert read_settings({"device": "cpu"}).torch_device == torch.device("cpu")
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text):
+        path = tmp_path / "qerve.toml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_options_go_over_variables_over_the_file_over_the_defaults(monkeypatch, config):
+    path = config('port = 1\nhost = "file"\nmax_queue = 1\nkv_cache_memory = "1GiB"\n')
+    monkeypatch.setenv("QERVE_HOST", "variable")
+    monkeypatch.setenv("QERVE_PORT", "2")
+    settings = read_settings({"config": path, "port": 3})
+    assert (settings.port, settings.host, settings.max_queue, settings.max_num_seqs) == (3, "variable", 1, 8)
+    assert settings.kv_cache_memory == 1 << 30
+
+
+def test_the_file_may_be_named_by_a_variable(monkeypatch, config):
+    monkeypatch.setenv("QERVE_CONFIG", config("max_queue = 7\n"))
+    assert read_settings({}).max_queue == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("portt = 1\nport = 2\nhosts = 3", "'portt', 'hosts' is no setting"),
+        ("[server]\nport = 1", "'server' is no setting"),
+        ('config = "other.toml"', "'config' is no setting"),
+        ("port = ", "not valid TOML"),
+        ('port = "many"', "port: .*integer.*from file"),
+        ("max_num_seqs = 0", "max_num_seqs: .*from file"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_with_what_is_wrong(config, text, words):
+    with pytest.raises(QerveError, match=words):
+        read_settings({"config": config(text)})
+
+
+def test_a_file_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(QerveError, match=r"nothing\.toml: No such file"):
+        read_settings({"config": str(tmp_path / "nothing.toml")})
+
+
+def test_origins_may_be_written_with_commas_or_as_a_list(monkeypatch, config):
+    monkeypatch.setenv("QERVE_CORS_ALLOW_ORIGINS", "http://a, http://b")
+    assert read_settings({}).cors_allow_origins == ("http://a", "http://b")
+    monkeypatch.delenv("QERVE_CORS_ALLOW_ORIGINS")
+    path = config('cors_allow_origins = ["http://a", "http://b"]\n')
+    assert read_settings({"config": path}).cors_allow_origins == ("http://a", "http://b")
+
+
+def test_settings_as_printed_are_a_file_that_gives_the_same_settings(monkeypatch, config):
+    monkeypatch.setenv("QERVE_API_KEY", "hunter2")
+    monkeypatch.setenv("QERVE_MAX_QUEUE", "9")
+    options = {
+        "config": config('host = "::1"\nmodel_name = "a \\"b\\" # c"\n'),
+        "max_num_seqs": "3",
+        "cors_allow_origins": "http://a",
+        "artifact": "some/where",
+    }
+    settings = read_settings(options)
+    text = describe(settings, options)
+    assert "hunter2" not in text
+    origins = dict(line.split("  # ") for line in text.splitlines() if "  # " in line)
+    assert origins["max_num_seqs = 3"] == "--max-num-seqs"
+    assert origins["max_queue = 9"] == "QERVE_MAX_QUEUE"
+    assert origins['host = "::1"'].startswith("file ")
+    assert origins["port = 8000"] == "default"
+    assert origins['# api_key = "**********"'] == "QERVE_API_KEY"
+    again = read_settings({"config": config(text)})
+    assert again.model_copy(update={"config": None}) == settings.model_copy(update={"config": None})
+
+
+def test_every_setting_says_what_it_is_and_is_documented():
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("serving*.md"))
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert f"| `{name}` |" in text, name

@@ -1,0 +1,99 @@
+"""The life of a serving process: take the port, answer, load, serve, drain; its exit status says how it went."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import NoReturn
+
+from fastapi import FastAPI
+
+from models.artifact.execution import RunOptions
+from models.artifact.load import load_artifact
+from models.errors import QerveError
+from models.memory import return_freed_memory
+
+from .app import create_app, key_ring
+from .keys import KeyRing
+from .listener import bind, url_of
+from .loading import LoadingApp
+from .logs import logging_to_stderr
+from .server import DrainingServer
+from .settings import Settings
+
+logger = logging.getLogger("qerve.server")
+
+_LOOPBACK = frozenset(("127.0.0.1", "::1", "localhost"))
+
+
+def serve_settings(settings: Settings) -> None:
+    """Serve until the process is told to stop.
+
+    Raises:
+        QerveError: the port is taken, the artifact or the keys cannot be used, or the engine has failed.
+    """
+    try:
+        with logging_to_stderr(settings.log_level, settings.log_format):
+            keys = key_ring(settings)
+            if keys.is_open and settings.host not in _LOOPBACK:
+                logger.warning("no API key is set: whoever reaches %s can use this server", settings.host)
+            _serve(settings, keys)
+    finally:
+        if _has_stuck_thread():
+            _exit_at_once(sys.exception())
+
+
+def _serve(settings: Settings, keys: KeyRing) -> None:
+    with bind(settings.host, settings.port) as listener:
+
+        def announce() -> None:
+            context = loading.state.context
+            context.metrics.rejected("loading", loading.num_rejected)
+            _say(f"Serving {context.info.name} on {url_of(listener)} (Ctrl-C stops it)")
+
+        def give_up() -> None:
+            server.should_exit = True
+
+        loading = LoadingApp(_loader(settings, keys), announce, give_up)
+        server = DrainingServer(loading, settings.log_level)
+        if settings.api_keys_file is not None:
+            signal.signal(signal.SIGHUP, server.handle_reload)
+        server.run(sockets=[listener])
+    if loading.error is not None:
+        raise loading.error
+    if server.failure is not None:
+        raise QerveError(f"the server has stopped: {server.failure}; the log says why")
+
+
+def _loader(settings: Settings, keys: KeyRing) -> Callable[[], FastAPI]:
+    def load() -> FastAPI:
+        assert settings.artifact is not None  # noqa: S101 checked where the command line is read
+        choices = RunOptions(settings.backend, settings.activations, settings.kv_cache_dtype)
+        loaded = load_artifact(settings.artifact, settings.torch_device, settings.torch_dtype, options=choices)
+        app = create_app(loaded, settings, keys)
+        return_freed_memory()
+        return app
+
+    return load
+
+
+def _say(message: str) -> None:
+    """On standard output, as far as there is one: nobody's request depends on it."""
+    with contextlib.suppress(OSError):
+        os.write(sys.stdout.fileno(), f"{message}\n".encode())
+
+
+def _has_stuck_thread() -> bool:
+    """A thread of ours is in the middle of something that cannot be interrupted: loading, or a step that hangs."""
+    return any(thread.name in {"qerve-load", "qerve-engine"} for thread in threading.enumerate())
+
+
+def _exit_at_once(error: BaseException | None) -> NoReturn:
+    """End the process without the interpreter's clean-up, which native code in other threads does not survive."""
+    if error is not None:
+        with contextlib.suppress(OSError):
+            os.write(2, f"error: {error}\n".encode())
+    os._exit(0 if error is None else 1)
