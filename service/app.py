@@ -1,5 +1,6 @@
 """Puts one application together: a loaded model, its engine, its metrics and the routes. Nothing at import time."""
 
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -33,6 +34,10 @@ from .middleware import ErrorBoundaryMiddleware, HttpMetricsMiddleware, RequestI
 from .model_info import ModelInfo
 from .settings import Settings
 from .token_speller import TokenSpeller
+
+logger = logging.getLogger("qerve.server")
+
+MIB = 1 << 20
 
 
 def create_app(loaded: LoadedModel, settings: Settings, keys: KeyRing | None = None) -> FastAPI:
@@ -108,6 +113,14 @@ def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: M
     drafter = Drafter(num_drafted, settings.ngram_max) if num_drafted else None
     scheduler = Scheduler(blocks, settings.max_num_seqs, budget, drafter)
     engine = Engine(Runner(model, kv_cache), scheduler, loaded.tokenizer, metrics)
+    logger.info(
+        "key-value cache: %d tokens in %.1f MiB; %d sequences at once, of up to %d tokens; %d tokens a step",
+        kv_cache.num_slots,
+        kv_cache.nbytes / MIB,
+        settings.max_num_seqs,
+        plan.max_model_len,
+        budget,
+    )
     block_bytes = kv_cache.nbytes / plan.num_blocks
     numbers_of_blocks: dict[str, Callable[[], int]] = {
         "capacity": lambda: blocks.num_blocks,
@@ -124,7 +137,9 @@ def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: M
     )
     metrics.add_value("throughput_tokens_per_second", "Recent speed", lambda: engine.throughput.tokens_per_second)
     capacity = settings.max_num_seqs + settings.max_queue
-    async_engine = AsyncEngine(engine, capacity, settings.max_queued_tokens, settings.max_failed_steps)
+    async_engine = AsyncEngine(
+        engine, capacity, settings.max_queued_tokens, settings.max_failed_steps, settings.step_timeout_seconds
+    )
     admission = async_engine.admission
     metrics.add_value("num_queued_tokens", "Prompt tokens that wait", lambda: admission.num_queued_tokens)
     return async_engine

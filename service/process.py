@@ -1,6 +1,7 @@
 """The life of a serving process: take the port, answer, load, serve, drain; its exit status says how it went."""
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -75,6 +76,9 @@ def _loader(settings: Settings, keys: KeyRing) -> Callable[[], FastAPI]:
         loaded = load_artifact(settings.artifact, settings.torch_device, settings.torch_dtype, options=choices)
         app = create_app(loaded, settings, keys)
         return_freed_memory()
+        # What is loaded stays: the collector need not go through it again and again while requests wait.
+        gc.collect()
+        gc.freeze()
         return app
 
     return load

@@ -66,7 +66,10 @@ class DrainingServer(uvicorn.Server):
             _reload_keys(context)
         if self.failure is None and context is not None:
             self.failure = context.engine.failure
-            self.should_exit = self.should_exit or self.failure is not None
+            if self.failure is not None:
+                logger.critical("the server stops: %s", self.failure)
+                context.engine.end_calls("the engine failed")
+                self.should_exit = True
         if self._stop_signal is not None and not self.should_exit:
             self.should_exit = context is None or self._is_drained(context, self._stop_signal)
         return await super().on_tick(counter)

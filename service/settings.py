@@ -119,6 +119,12 @@ class Settings(BaseSettings):
     drain_timeout_seconds: float = Field(
         default=30.0, ge=0, le=3600, description="How long a stopping server lets requests finish"
     )
+    step_timeout_seconds: float = Field(
+        default=300.0,
+        gt=0,
+        le=86_400,
+        description="A longer step counts as one that hangs: the process ends",
+    )
     max_failed_steps: int = Field(
         default=3, ge=1, le=1000, description="Failed steps in a row after which the process ends"
     )

@@ -18,6 +18,11 @@ class KVCache(Protocol):
         ...
 
     @property
+    def num_slots(self) -> int:
+        """Tokens that fit."""
+        ...
+
+    @property
     def nbytes(self) -> int:
         """Bytes that it takes."""
         ...

@@ -94,8 +94,8 @@ def render(
         raise internal_error(f"The model's chat template cannot be used: {error}.") from None
 
 
-async def _events(context: Context, body: ChatBody, call: Call) -> AsyncIterator[str]:
-    def event(choices: list[dict[str, Any]]) -> str:
+async def _events(context: Context, body: ChatBody, call: Call) -> AsyncIterator[bytes]:
+    def event(choices: list[dict[str, Any]]) -> bytes:
         usage = call.usage if body.usage_in_every_event else None
         chunk = _object(context, call, "chat.completion.chunk", choices)
         return encode_event({**chunk, **({"usage": usage} if body.include_usage else {})})

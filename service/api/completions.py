@@ -65,8 +65,8 @@ def _echoes(context: Context, body: CompletionBody, rows: list[list[int]]) -> li
     ]
 
 
-async def _events(context: Context, body: CompletionBody, call: Call) -> AsyncIterator[str]:
-    def event(choices: list[dict[str, Any]]) -> str:
+async def _events(context: Context, body: CompletionBody, call: Call) -> AsyncIterator[bytes]:
+    def event(choices: list[dict[str, Any]]) -> bytes:
         usage = call.usage if body.usage_in_every_event else None
         return encode_event({**_object(context, call, choices), **({"usage": usage} if body.include_usage else {})})
 

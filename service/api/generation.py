@@ -214,7 +214,7 @@ async def unless_disconnected(request: HttpRequest, context: Context, work: Awai
         gone.cancel()
 
 
-def stream(context: Context, events: AsyncIterator[str], close: Callable[[], None]) -> EventStream:
+def stream(context: Context, events: AsyncIterator[bytes], close: Callable[[], None]) -> EventStream:
     """A response of ``events`` that calls ``close`` at its end."""
 
     def finish(end: StreamEnd) -> None:

@@ -2,13 +2,15 @@
 
 One thread owns the engine: requests and aborts reach it through an inbox, outputs go back to the event loop in one hop
 per step.
-Steps that fail several times in a row, or a loop that ends by itself, are the end of the engine: it takes nothing more,
-everything it holds ends with an error, and ``failure`` says why. Nobody waits for a thread that is gone.
+Steps that fail several times in a row, a step that does not end, or a loop that ends by itself are the engine's end: it
+takes nothing more, everything it holds ends with an error, and ``failure`` says why. Nobody waits for a thread that is
+gone.
 """
 
 import asyncio
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import Callable, Sequence
 
@@ -26,16 +28,24 @@ class AsyncEngine:
     capacity:          sequences admitted at the same time, running and waiting together
     max_queued_tokens: prompt tokens that may wait; None: any number
     max_failed_steps:  failed steps in a row after which the engine ends
+    step_timeout_seconds: after which a step counts as one that will not end
     """
 
     def __init__(
-        self, engine: Engine, capacity: int, max_queued_tokens: int | None = None, max_failed_steps: int = 3
+        self,
+        engine: Engine,
+        capacity: int,
+        max_queued_tokens: int | None = None,
+        max_failed_steps: int = 3,
+        step_timeout_seconds: float = math.inf,
     ) -> None:
         self.admission = Admission(capacity, max_queued_tokens, engine.throughput)
         self.clock = engine.clock
         self.is_draining = False
         self._engine = engine
         self._max_failed_steps = max_failed_steps
+        self._step_timeout_seconds = step_timeout_seconds
+        self._step_started: float | None = None
         self._generations: dict[str, Generation] = {}
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
@@ -66,7 +76,14 @@ class AsyncEngine:
             return f"{self._engine.health.num_failed_steps} steps of the engine failed in a row"
         if self._has_ended and self._thread is not None and not self._is_stopping:
             return "the engine's thread has ended"
+        if self._is_stuck:
+            return f"a step of the engine does not end after {self._step_timeout_seconds:g} seconds"
         return None
+
+    @property
+    def _is_stuck(self) -> bool:
+        started = self._step_started
+        return started is not None and self.clock() - started > self._step_timeout_seconds
 
     @property
     def num_waiting(self) -> int:
@@ -88,10 +105,14 @@ class AsyncEngine:
             self._is_stopping = True
             self._wake.notify()
 
+    def end_calls(self, message: str) -> None:
+        """End everything with an error, from the event loop: for a thread that cannot do it any more."""
+        self._deliver([_failure(request_id, message) for request_id in self._generations])
+
     async def stop(self, patience_seconds: float = 60.0) -> None:
         """``abandon``, and wait for the thread's end, which a step that hangs does not come to."""
         self.abandon()
-        if self._thread is not None:
+        if self._thread is not None and not self._is_stuck:
             await asyncio.to_thread(self._thread.join, patience_seconds)
 
     def begin_drain(self) -> None:
@@ -118,7 +139,7 @@ class AsyncEngine:
         """Queue ``requests``; their outputs go to ``generation``."""
         self._generations.update((request.request_id, generation) for request in requests)
         if not self._post(lambda: self._add(requests)):
-            self._deliver([_failed(request, "the server is shutting down") for request in requests])
+            self._deliver([_failure(request.request_id, "the server is shutting down") for request in requests])
 
     def abort(self, request_ids: set[str]) -> None:
         """Drop requests and free what they hold; nothing more is delivered for them."""
@@ -150,6 +171,7 @@ class AsyncEngine:
         with self._wake:
             self._wake.wait_for(self._has_work)
             inbox, self._inbox = self._inbox, []
+        self._step_started = self.clock()
         try:
             for command in inbox:
                 command()
@@ -158,6 +180,8 @@ class AsyncEngine:
             logger.exception("the engine loop failed outside a step")
             self._engine.health.step_failed()
             self._publish(self._engine.fail_all("the engine failed"))
+        finally:
+            self._step_started = None
 
     def _end_all(self, message: str) -> None:
         """Give everything that is left an end: the thread is about to be gone."""
@@ -174,7 +198,7 @@ class AsyncEngine:
                 self._engine.add(request)
             except Exception:
                 logger.exception("request %s cannot be queued", request.request_id)
-                self._publish([_failed(request, "the engine cannot run this request")])
+                self._publish([_failure(request.request_id, "the engine cannot run this request")])
 
     def _has_work(self) -> bool:
         return bool(self._inbox or self._engine.has_work or self._is_stopping)
@@ -193,5 +217,5 @@ class AsyncEngine:
                 generation.deliver(output)
 
 
-def _failed(request: Request, message: str) -> RequestOutput:
-    return RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=message)
+def _failure(request_id: str, message: str) -> RequestOutput:
+    return RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=message)

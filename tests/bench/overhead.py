@@ -6,6 +6,7 @@ The tokenizer and the size of the vocabulary are the artifact's. The client is a
 """
 
 import dataclasses
+import gc
 import time
 from pathlib import Path
 from statistics import median
@@ -47,6 +48,8 @@ def main(artifact: Annotated[Path, typer.Argument(help="Artifact whose tokenizer
     loaded: LoadedModel = load_artifact(artifact)
     constant: Any = ConstantModel(loaded.model)
     workload = Workload(prompt_len=16, num_steps=STEPS)
+    gc.collect()
+    gc.freeze()  # as the server does when it has loaded
     with http_probe(dataclasses.replace(loaded, model=constant), workload, NUM_STREAMS) as probe:
         probe.run()
         rounds = [measure(probe) for _ in range(ROUNDS)]

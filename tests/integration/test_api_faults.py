@@ -120,3 +120,12 @@ def test_a_step_that_hangs_does_not_keep_the_server_from_ending():
             wait_until(lambda: server.metric("qerve_num_requests_running") == 1)
             server.server.handle_exit(15, None)
             assert call.result().status_code == 500
+
+
+def test_a_step_that_never_ends_is_noticed_and_ends_the_server():
+    with live_server(parts(step_seconds=4.0), step_timeout_seconds=0.3) as server:
+        answer = server.post("/v1/completions", json=SHORT)
+        assert answer.status_code == 500
+        wait_until(lambda: not server.server.started or server.server.should_exit)
+        assert "does not end after 0.3 seconds" in server.server.failure
+        assert not server.context.engine.is_ready
