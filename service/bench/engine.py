@@ -33,9 +33,12 @@ class PlainTexts:
 
 
 def num_blocks_for(workload: Workload, num_sequences: int) -> int:
-    """Cache blocks that probes of up to ``num_sequences`` sequences need."""
+    """Cache blocks that probes of up to ``num_sequences`` sequences need.
+
+    A prompt starts when there is one more for each sequence that runs, so that all start in the same step.
+    """
     decoding = -(-(workload.prompt_len + workload.num_steps + 1) // BLOCK_SIZE)
-    return num_sequences * decoding + -(-workload.longest // BLOCK_SIZE)
+    return num_sequences * (decoding + 1) + -(-workload.longest // BLOCK_SIZE)
 
 
 class EngineBench:
@@ -129,7 +132,8 @@ class EngineBench:
         return (rate,) if self._meter is None else (rate, num_tokens / (self._meter.seconds - before))
 
     def _engine(self, num_sequences: int) -> Engine:
-        blocks = BlockManager(self._cache.num_blocks)
+        # Every prompt is computed, also one that was computed before.
+        blocks = BlockManager(self._cache.num_blocks, has_prefix_cache=False)
         budget = max(
             step_tokens("cpu", num_sequences, None), self._workload.longest, num_sequences * self._workload.prompt_len
         )

@@ -188,7 +188,7 @@ def test_an_interrupted_build_goes_on_and_ends_in_the_same_bytes(checkpoints, co
         observer = InterruptingObserver(1)
         if point == "after the rest":
             observer = None
-            patch.setattr("models.build.pipeline.holdout_evaluation", interrupt)
+            patch.setattr("models.build.pipeline.evaluate_holdout", interrupt)
         build_artifact(checkpoint, tmp_path / "resumed", config, observer=observer)
     if point == "after the rest":
         monkeypatch.setattr(vocabulary_module, "_head_statistics", interrupt)  # the rest is taken over
