@@ -12,6 +12,7 @@ import psutil
 SAMPLE_SECONDS = 0.005
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 _LARGEST_THRESHOLD = 1 << 25
 
 
@@ -50,6 +51,15 @@ def keep_large_blocks() -> None:
     """
     _set_option(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
     _set_option(_M_TRIM_THRESHOLD, 1 << 30)
+
+
+def share_one_heap() -> None:
+    """Let all threads take memory from the same heap, where glibc would give each one its own and never join them.
+
+    The heaps of a server's worker threads fill up with fragments for hours. For the whole process, before it has
+    threads.
+    """
+    _set_option(_M_ARENA_MAX, 1)
 
 
 def _set_option(name: int, value: int) -> None:

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from models.artifact.execution import RunOptions
 from models.artifact.load import load_artifact
 from models.errors import QerveError
-from models.memory import return_freed_memory
+from models.memory import return_freed_memory, share_one_heap
 
 from .app import create_app, key_ring
 from .keys import KeyRing
@@ -36,6 +36,7 @@ def serve_settings(settings: Settings) -> None:
     Raises:
         QerveError: the port is taken, the artifact or the keys cannot be used, or the engine has failed.
     """
+    share_one_heap()
     try:
         with logging_to_stderr(settings.log_level, settings.log_format):
             keys = key_ring(settings)
