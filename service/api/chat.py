@@ -15,12 +15,15 @@ from models.errors import QerveError
 from ..deps import Context, ContextDep, json_body
 from ..errors import ApiError, bad_request, internal_error
 from .admission import admit_prompts
+from .envelope import answer_of, choice_event, usage_event
 from .generation import Call, Choice, max_tokens_for, start, stream, tokenize, unless_disconnected
 from .rank import check_rank, with_rank
 from .sampling import sampling_of
 from .schemas import ChatBody, ChatMessage
 from .sse import DONE, encode_event
 from .token_logprobs import chat_logprobs
+
+CHUNK = "chat.completion.chunk"
 
 router = APIRouter()
 
@@ -49,7 +52,7 @@ async def chat_completions(
         if body.stream:
             return with_rank(stream(context, _events(context, body, call), stack.pop_all().close), call.rank)
         choices = await unless_disconnected(request, context, call.finish())
-        answer = _object(context, call, "chat.completion", [_message(context, body, choice) for choice in choices])
+        answer = answer_of(context, call, "chat.completion", [_message(context, body, choice) for choice in choices])
         if body.return_token_ids:
             answer["prompt_token_ids"] = rows[0]
         return with_rank(JSONResponse({**answer, "usage": call.usage}), call.rank)
@@ -95,36 +98,22 @@ def render(
 
 
 async def _events(context: Context, body: ChatBody, call: Call) -> AsyncIterator[bytes]:
-    def event(choices: list[dict[str, Any]]) -> bytes:
-        usage = call.usage if body.usage_in_every_event else None
-        chunk = _object(context, call, "chat.completion.chunk", choices)
-        return encode_event({**chunk, **({"usage": usage} if body.include_usage else {})})
-
     try:
         for choice in call.choices.values():
-            yield event([_delta(choice, {"role": "assistant", "content": ""})])
+            yield choice_event(context, body, call, CHUNK, _delta(choice, {"role": "assistant", "content": ""}))
         async for choice, output in call.outputs():
             if output.text or choice.tokens.has_new or (body.return_token_ids and output.token_ids):
                 delta = _delta(choice, {"content": output.text})
-                yield event([{**delta, **_extras(context, body, choice, output.token_ids)}])
+                delta |= _extras(context, body, choice, output.token_ids)
+                yield choice_event(context, body, call, CHUNK, delta)
             if output.finish_reason:
-                yield event([{**_delta(choice, {}), "finish_reason": output.finish_reason}])
+                delta = {**_delta(choice, {}), "finish_reason": output.finish_reason}
+                yield choice_event(context, body, call, CHUNK, delta)
         if body.include_usage:
-            yield encode_event({**_object(context, call, "chat.completion.chunk", []), "usage": call.usage})
+            yield usage_event(context, call, CHUNK)
     except ApiError as error:
         yield encode_event(error.body())
     yield DONE
-
-
-def _object(context: Context, call: Call, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "id": call.call_id,
-        "object": kind,
-        "created": call.created,
-        "model": context.info.name,
-        "system_fingerprint": context.info.fingerprint,
-        "choices": choices,
-    }
 
 
 def _message(context: Context, body: ChatBody, choice: Choice) -> dict[str, Any]:

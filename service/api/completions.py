@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from ..deps import Context, ContextDep, json_body
 from ..errors import ApiError
 from .admission import admit_prompts
+from .envelope import answer_of, choice_event, usage_event
 from .generation import Call, Choice, max_tokens_for, start, stream, tokenize, unless_disconnected
 from .rank import check_rank, with_rank
 from .sampling import sampling_of
@@ -21,6 +22,7 @@ from .token_logprobs import completion_logprobs
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
+KIND = "text_completion"
 
 router = APIRouter()
 
@@ -50,7 +52,7 @@ async def completions(
         if body.return_token_ids:
             for text in texts:
                 text["prompt_token_ids"] = rows[text["index"] // (body.n or 1)]
-        return with_rank(JSONResponse({**_object(context, call, texts), "usage": call.usage}), call.rank)
+        return with_rank(JSONResponse({**answer_of(context, call, KIND, texts), "usage": call.usage}), call.rank)
 
 
 def _echoes(context: Context, body: CompletionBody, rows: list[list[int]]) -> list[str | None]:
@@ -66,33 +68,18 @@ def _echoes(context: Context, body: CompletionBody, rows: list[list[int]]) -> li
 
 
 async def _events(context: Context, body: CompletionBody, call: Call) -> AsyncIterator[bytes]:
-    def event(choices: list[dict[str, Any]]) -> bytes:
-        usage = call.usage if body.usage_in_every_event else None
-        return encode_event({**_object(context, call, choices), **({"usage": usage} if body.include_usage else {})})
-
     try:
         async for choice, output in call.outputs():
             if not (output.token_ids or output.finish_reason):
                 continue  # a part of the prompt was scored: it is shown with the first token
             text, choice.echo = choice.echo + output.text, ""
             if text or output.finish_reason or choice.tokens.has_new or body.return_token_ids:
-                yield event([_choice(context, body, choice, text, output.token_ids)])
+                yield choice_event(context, body, call, KIND, _choice(context, body, choice, text, output.token_ids))
         if body.include_usage:
-            yield encode_event({**_object(context, call, []), "usage": call.usage})
+            yield usage_event(context, call, KIND)
     except ApiError as error:
         yield encode_event(error.body())
     yield DONE
-
-
-def _object(context: Context, call: Call, choices: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "id": call.call_id,
-        "object": "text_completion",
-        "created": call.created,
-        "model": context.info.name,
-        "system_fingerprint": context.info.fingerprint,
-        "choices": choices,
-    }
 
 
 def _choice(

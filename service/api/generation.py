@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -37,7 +37,6 @@ class Choice:
     echo: str = ""
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    num_tokens: int = 0
     num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
 
@@ -60,7 +59,7 @@ class Call:
     @property
     def usage(self) -> dict[str, Any]:
         """Token counts so far; a prompt counts once, however many choices it has, and as its first one found it."""
-        num_generated = sum(choice.num_tokens for choice in self.choices.values())
+        num_generated = sum(len(choice.token_ids) for choice in self.choices.values())
         num_cached = sum(choice.num_cached_tokens for choice in self.choices.values() if choice.is_first)
         return {
             "prompt_tokens": self.num_prompt_tokens,
@@ -89,7 +88,6 @@ class Call:
         choice.text += output.text
         choice.token_ids += output.token_ids
         choice.tokens.add(output)
-        choice.num_tokens = output.num_output_tokens
         choice.num_cached_tokens = output.num_cached_tokens
         choice.finish_reason = output.finish_reason
         return choice
@@ -137,11 +135,17 @@ async def tokenize(
 
 def check_token_ids(context: Context, token_ids: Sequence[int], param: str) -> None:
     """Raise 400 for no tokens at all, or an id that the model has no embedding for."""
-    vocab_size = context.loaded.model.config.vocab_size
     if not token_ids:
         raise bad_request(f"{param}: there are no tokens in it.", param)
-    if max(token_ids) >= vocab_size:
-        raise bad_request(f"{param}: token id {max(token_ids)} is outside the vocabulary of {vocab_size}.", param)
+    check_vocabulary(context, [max(token_ids)], param)
+
+
+def check_vocabulary(context: Context, token_ids: Iterable[int], param: str) -> None:
+    """Raise 400 for the first id that the model has no embedding for."""
+    vocab_size = context.loaded.model.config.vocab_size
+    for token_id in token_ids:
+        if token_id >= vocab_size:
+            raise bad_request(f"{param}: token id {token_id} is outside the vocabulary of {vocab_size}.", param)
 
 
 def max_tokens_for(context: Context, num_prompt_tokens: int, requested: int | None, default: int | None) -> int:

@@ -106,16 +106,21 @@ async def _score(
     Raises:
         ApiError: 500, the engine failed on a window.
     """
-    requests = [_request(tokens, window, call.arrival_seconds, rank) for window in windows]
-    nlls: dict[str, list[float]] = {request.request_id: [] for request in requests}
-    waiting = iter(requests)
-    call.start(list(islice(waiting, _num_together(windows))))
+    waiting = (_request(tokens, window, call.arrival_seconds, rank) for window in windows)
+    nlls: dict[str, list[float]] = {}  # in the order of the windows, since they start in it
+
+    def start(num_windows: int) -> None:
+        requests = list(islice(waiting, num_windows))
+        nlls.update((request.request_id, []) for request in requests)
+        call.start(requests)
+
+    start(_num_together(windows))
     async for output in call.outputs():
         if output.finish_reason is FinishReason.ERROR:
             raise internal_error(f"Scoring failed: {output.error}.")
         nlls[output.request_id] += [-score.logprob for score in output.prompt_logprobs]
         if output.finish_reason is not None:
-            call.start(list(islice(waiting, 1)))
+            start(1)
     context.metrics.perplexity_scored(sum(map(len, nlls.values())))
     return summarize([torch.tensor(values) for values in nlls.values()])
 

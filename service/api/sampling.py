@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from ..deps import Context
 from ..engine.request import SamplingParams
 from ..errors import bad_request
+from .generation import check_vocabulary
 from .schemas import GenerationBody
 from .structured import grammar_for
 
@@ -16,9 +17,9 @@ async def sampling_of(context: Context, body: GenerationBody) -> SamplingParams:
     Raises:
         ApiError: 400, a token id outside the vocabulary, too many log-probabilities, a grammar that cannot be used.
     """
-    _check_ids(context, "logit_bias", (token_id for token_id, _ in body.logit_bias))
-    _check_ids(context, "stop_token_ids", body.stop_token_ids or ())
-    _check_ids(context, "allowed_token_ids", body.allowed_token_ids or ())
+    check_vocabulary(context, (token_id for token_id, _ in body.logit_bias), "logit_bias")
+    check_vocabulary(context, body.stop_token_ids or (), "stop_token_ids")
+    check_vocabulary(context, body.allowed_token_ids or (), "allowed_token_ids")
     most = context.settings.max_logprobs
     if (body.num_logprobs or 0) > most:
         raise bad_request(f"{body.num_logprobs} log-probabilities per token; this server gives {most}.", "logprobs")
@@ -39,7 +40,7 @@ async def sampling_of(context: Context, body: GenerationBody) -> SamplingParams:
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         logit_bias=body.logit_bias,
         allowed_token_ids=tuple(body.allowed_token_ids or ()),
-        bad_words=await asyncio.to_thread(_bad_words, context, body.bad_words or ()),
+        bad_words=await asyncio.to_thread(_bad_words, context, body.bad_words) if body.bad_words else (),
         grammar=await grammar_for(context, body),
         num_logprobs=body.num_logprobs,
         num_prompt_logprobs=body.num_prompt_logprobs,
@@ -52,10 +53,3 @@ def _bad_words(context: Context, words: Iterable[str]) -> tuple[tuple[int, ...],
     encode = context.loaded.tokenizer.encode
     spelled = (encode(prefix + word.lstrip(), add_special_tokens=False) for word in words for prefix in ("", " "))
     return tuple(dict.fromkeys(tuple(token_ids) for token_ids in spelled if token_ids))
-
-
-def _check_ids(context: Context, param: str, token_ids: Iterable[int]) -> None:
-    vocab_size = context.loaded.model.config.vocab_size
-    for token_id in token_ids:
-        if token_id >= vocab_size:
-            raise bad_request(f"{param}: token id {token_id} is outside the vocabulary of {vocab_size}.", param)

@@ -44,15 +44,17 @@ class ChoiceTokens:
 
     def __init__(self, speller: TokenSpeller, request: Request, echoes: bool) -> None:
         self._request = request
-        self._texts = Detokenizer(speller.tokenizer, request.prompt_token_ids, request.params.skips_special_tokens)
-        self._is_wanted = request.params.num_logprobs is not None
-        self._prompt_texts = Detokenizer(speller.tokenizer, (), skip_special_tokens=False) if echoes else None
+        params = request.params
+        self._texts = self._prompt_texts = None
+        if params.num_logprobs is not None:
+            self._texts = Detokenizer(speller.tokenizer, request.prompt_token_ids, params.skips_special_tokens)
+            self._prompt_texts = Detokenizer(speller.tokenizer, (), skip_special_tokens=False) if echoes else None
         self._offset = 0
         self._new: list[TokenEntry] = []
 
     def add(self, output: RequestOutput) -> None:
         """Take what a step gave."""
-        if not self._is_wanted:
+        if self._texts is None:  # none are wanted
             return
         for score in output.prompt_logprobs:
             self._add_prompt_token(score)
