@@ -81,6 +81,11 @@ class Server:
         self._check_alive()
         return time.perf_counter() - started
 
+    @property
+    def pid(self) -> int:
+        """The process."""
+        return self._running().pid
+
     def wait(self) -> None:
         """Return never: either the caller is interrupted, or the server ended by itself, which is an error."""
         while True:

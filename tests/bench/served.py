@@ -1,22 +1,21 @@
 """``qerve serve`` as a process of its own, and how its memory grows."""
 
-import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import psutil
 
-from service.listener import bind
+from tools.demo_server import HOST, free_port
+from tools.demo_server import Server as ServerProcess
 
-PATIENCE_SECONDS = 120.0
+FIRST_PORT = 8100
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,30 +47,13 @@ class Memory:
 @contextmanager
 def serving(artifact: Path, **options: object) -> Iterator[Server]:
     """Serve ``artifact`` until the context ends; ``options`` as on the command line."""
-    with bind("127.0.0.1", 0) as free:
-        port = free.getsockname()[1]
+    port = free_port(FIRST_PORT)
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     start = [sys.executable, "-c", "from service.cli import main; main()", "serve", str(artifact)]
-    process = subprocess.Popen([*start, "--port", str(port), "--log-level", "warning", *words])
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait(url, process)
-        yield Server(url, psutil.Process(process.pid))
-    finally:
-        process.terminate()
-        process.wait(PATIENCE_SECONDS)
-
-
-def _wait(url: str, process: "subprocess.Popen[bytes]") -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            with urllib.request.urlopen(f"{url}/health/ready", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError("the server did not start") from None
-            time.sleep(0.1)
+    command = [*start, "--port", str(port), "--log-level", "warning", *words]
+    with TemporaryDirectory() as directory, ServerProcess(command, port, Path(directory) / "server.log") as server:
+        server.wait_until_ready()
+        yield Server(f"http://{HOST}:{port}", psutil.Process(server.pid))
 
 
 @contextmanager

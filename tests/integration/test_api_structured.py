@@ -2,15 +2,14 @@
 
 import json
 import re
-import threading
 
 import jsonschema
 import openai
 import pytest
 
-from service import grammar as grammar_module
 from tests.support.api_server import live_server
 from tests.support.fake_model import FakeParts, RandomModel
+from tests.support.grammars import hold_grammar
 
 SCHEMA = {
     "type": "object",
@@ -122,15 +121,7 @@ def test_bad_grammars_are_counted(server):
 
 
 def test_a_grammar_that_compiles_for_ever_is_refused_and_others_are_served_meanwhile(server, monkeypatch):
-    release = threading.Event()
-    original = grammar_module.definition_of
-
-    def slow(source):
-        if source.text == "slow":
-            release.wait(30)
-        return original(source)
-
-    monkeypatch.setattr(grammar_module, "definition_of", slow)
+    release = hold_grammar(monkeypatch, "slow")
     monkeypatch.setattr(server.context.grammars, "_seconds", 0.3)
     try:
         assert "not compiled within" in post(server, guided_regex="slow").json()["error"]["message"]

@@ -109,6 +109,11 @@ inline std::vector<double> rounded(const float* x, int n, int block, bool is_wid
     return values;
 }
 
+inline bool is_row_finite(const std::vector<float>& y, int row, int width) {
+    const auto begin = y.begin() + int64_t{row} * width;
+    return std::all_of(begin, begin + width, [](float value) { return std::isfinite(value); });
+}
+
 struct Layer {
     Layer(qerve_context* context, std::mt19937& random, const Shape& s)
         : shape(s), weight(context, random, s.out_features, s.in_features, s.num_bits, s.group_size, s.has_zero_points, s.rank),

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import re
-import threading
 import time
 
 import jsonschema
@@ -22,6 +21,7 @@ from service.engine.scheduler import Scheduler
 from service.grammar import MAX_CACHED, MAX_GRAMMAR_BYTES, GrammarCompiler
 from service.grammar_source import BadGrammarError, GrammarSource
 from tests.support.fake_model import EOS, VOCAB_SIZE, ByteTokenizer, RandomModel
+from tests.support.grammars import hold_grammar
 
 TOKENIZER = ByteTokenizer()
 PERSON = {
@@ -256,15 +256,7 @@ def test_grammars_are_compiled_once_and_the_latest_are_remembered(monkeypatch):
 
 
 def test_a_grammar_that_takes_too_long_is_given_up_and_others_are_compiled_still(monkeypatch):
-    release = threading.Event()
-    original = grammar_module.definition_of
-
-    def slow(source):
-        if source.text == "slow":
-            release.wait(30)
-        return original(source)
-
-    monkeypatch.setattr(grammar_module, "definition_of", slow)
+    release = hold_grammar(monkeypatch, "slow")
 
     async def run():
         compiler = make_compiler(seconds=0.5)

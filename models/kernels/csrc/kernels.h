@@ -15,6 +15,9 @@ namespace qerve {
 
 constexpr int kStripRows = QERVE_STRIP_ROWS;
 constexpr int kRankBlock = 32;
+
+// Blocks of `rank` components. Static, as are all functions here that units for several instruction sets compile.
+static constexpr int rank_blocks_of(int rank) { return (rank + kRankBlock - 1) / kRankBlock; }
 constexpr int kCacheBlock = QERVE_CACHE_BLOCK;
 constexpr int kMaxHeadDim = 256;
 constexpr int kLanes = 16;

@@ -49,8 +49,6 @@ static inline BlockRun main_run(const LinearTask& task, int strip) {
             m.has_zero_points != 0, m.zero, m.multiplier, task.input};
 }
 
-static inline int rank_blocks_of(int rank) { return (rank + kRankBlock - 1) / kRankBlock; }
-
 // The low-rank blocks of a strip up to the task's rank; num_blocks is 0 where there are none. Those behind would add
 // zero times a finite scale, which leaves every sum as it is: none is ever -0, since it starts at +0 and no term that
 // is not zero is rounded to zero.

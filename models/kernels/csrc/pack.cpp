@@ -97,7 +97,7 @@ void pack_strip(const qerve_source& source, const qerve_matrix& matrix, int stri
         for (int r = 0; r < rows; ++r) read_codes(source, first + r, int64_t{b} * block, block, codes + r * block);
         out = write_lines(codes, block, matrix.storage_bits, out);
     }
-    const int rank_blocks = (rank_of(source, matrix) + kRankBlock - 1) / kRankBlock;
+    const int rank_blocks = rank_blocks_of(rank_of(source, matrix));
     for (int b = 0; b < rank_blocks; ++b) {
         auto* scales = reinterpret_cast<uint16_t*>(out);
         std::memset(codes, 128, sizeof codes);
@@ -136,7 +136,7 @@ extern "C" int64_t qerve_pack_plan(const qerve_source* source, qerve_matrix* mat
     matrix->has_zero_points = source->zero_points != nullptr;
     const int64_t groups = int64_t{source->out_features} * (source->in_features / source->group_size);
     matrix->multiplier = multiplier_for(source->scales, groups);
-    const int rank_blocks = source->up_codes == nullptr ? 0 : (matrix->rank + kRankBlock - 1) / kRankBlock;
+    const int rank_blocks = source->up_codes == nullptr ? 0 : rank_blocks_of(matrix->rank);
     matrix->up_multiplier = rank_blocks == 0 ? 1.0f : multiplier_for(source->up_scales, int64_t{source->out_features} * rank_blocks);
     const int64_t headers = (source->in_features / source->group_size) * header_bytes(matrix->has_zero_points != 0);
     matrix->strip_bytes = headers + code_bytes(matrix->storage_bits, source->in_features) +

@@ -24,7 +24,7 @@ int rank_blocks(const qerve_matrix& matrix, const RankRange& ranks) {
     // Blocks that count as a whole in all rows, or up to zero weights, can be read where they are.
     const bool has_whole_blocks = rank == matrix.rank || rank % kRankBlock == 0;
     if (matrix.down == nullptr && ranks.least >= rank && has_whole_blocks) return 0;
-    return (rank + kRankBlock - 1) / kRankBlock;
+    return rank_blocks_of(rank);
 }
 
 StripAt strip_at(const qerve_linear_op& op, int number) {
