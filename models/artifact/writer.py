@@ -63,6 +63,11 @@ class ArtifactWriter:
         self._partial = PartialDirectory(directory, canonical_json(identity), overwrite)
         self._shards: dict[int, ShardProgress] = {}
 
+    @property
+    def hidden_directory(self) -> Path:
+        """Where a build may keep hidden states; it goes when the artifact gets its name."""
+        return self._partial.progress / "hidden"
+
     def finished_layers(self) -> int:
         """Number of leading decoder layers whose shard and records are on disk and whose hash still matches."""
         for layer_index in range(self._config.num_hidden_layers):

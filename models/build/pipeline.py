@@ -31,6 +31,7 @@ from .observer import BuildObserver, SilentObserver
 from .plan import check_build
 from .prepare import Prepared, prepare
 from .recipe import has_target_stream, sequences_together
+from .spill import HiddenFiles
 from .stream import CalibrationStreams
 from .training import num_blocks_together
 from .vocabulary import needs_head_statistics, quantized_embedding, write_rest
@@ -76,6 +77,7 @@ def build_artifact(
     overwrite: bool = False,
     observer: BuildObserver | None = None,
     statistics: StatisticsStore | None = None,
+    spills: bool = False,
 ) -> BuildReport:
     """Quantize ``checkpoint`` into the artifact directory ``out``.
 
@@ -87,6 +89,8 @@ def build_artifact(
         overwrite: replace an artifact of that name.
         observer: is told of the progress.
         statistics: where to look for, and keep, what a calibration on dense inputs accumulates.
+        spills: keep the hidden states of the calibration set on disk, beside the partial artifact. An interrupted build
+            then also goes on with them, where it would otherwise take them through the finished layers again.
 
     Raises:
         SchemeError: the configuration cannot be carried out; found before any weight is read.
@@ -106,7 +110,7 @@ def build_artifact(
     with PeakMemory() as building:
         network = prepared.checkpoint.config.with_vocabulary(config.vocabulary)
         writer = ArtifactWriter(out, network, identity, overwrite)
-        streams, num_resumed = _build_layers(prepared, tokens, writer, device, observer)
+        streams, num_resumed = _build_layers(prepared, tokens, writer, device, observer, spills=spills)
         if trains_end_to_end(prepared.config):
             streams = train_end_to_end(
                 prepared.checkpoint, prepared.config, writer, tokens, streams=streams, device=device, observer=observer
@@ -135,6 +139,8 @@ def _build_layers(
     writer: ArtifactWriter,
     device: torch.device,
     observer: BuildObserver,
+    *,
+    spills: bool,
 ) -> tuple[CalibrationStreams, int]:
     """Build every decoder layer and what belongs to none.
 
@@ -144,29 +150,58 @@ def _build_layers(
     checkpoint, config = prepared.checkpoint, prepared.config
     if prepared.has_all_statistics and not needs_head_statistics(config):
         tokens = replace(tokens, statistics=tokens.statistics[:0])
-    streams = CalibrationStreams.start(
-        checkpoint,
-        tokens,
-        config.calibration,
-        device,
-        has_target=has_target_stream(config),
-        num_together=sequences_together(config),
-        quantized=quantized_embedding(checkpoint, config, device),
-    )
-    dense = DenseWeights(checkpoint, torch.float32, device)
-    builder = LayerBuilder(config, dense, writer, prepared.known)
     num_resumed, num_layers = writer.finished_layers(), checkpoint.config.num_hidden_layers
-    observer.phase("quantizing layers", num_layers)
+    files = HiddenFiles(writer.hidden_directory) if spills else None
     size = num_blocks_together(config)
-    for start in range(0, num_layers, size):
+    streams, first = _start(checkpoint, config, tokens, device, files, num_finished=num_resumed, step=size)
+    builder = LayerBuilder(config, DenseWeights(checkpoint, torch.float32, device), writer, prepared.known)
+    observer.phase("quantizing layers", num_layers)
+    for start in range(first, num_layers, size):
         indices = range(start, min(start + size, num_layers))
         trained = builder.step(indices, streams, is_finished=indices[-1] < num_resumed)
+        if files is not None:
+            files.keep_only(indices[-1] + 1)
         return_freed_memory()
         note = "" if trained is None else f"loss {trained.loss_before:.4f} to {trained.loss_after:.4f}"
         observer.progress(indices[-1] + 1, note)
     # Before scales are trained end to end, so that a build which is interrupted then goes on to the same head.
     write_rest(writer, checkpoint, config, streams.statistics, device)
     return streams, num_resumed
+
+
+def _start(
+    checkpoint: Checkpoint,
+    config: BuildConfig,
+    tokens: CalibrationTokens,
+    device: torch.device,
+    files: HiddenFiles | None,
+    *,
+    num_finished: int,
+    step: int,
+) -> tuple[CalibrationStreams, int]:
+    """The streams before the first decoder layer, or as far on as ``files`` have them, and that layer's index."""
+    embedding, has_target = quantized_embedding(checkpoint, config, device), has_target_stream(config)
+    position = 0
+    if files is not None:
+        num_values = CalibrationStreams.num_values(
+            tokens,
+            checkpoint.config.hidden_size,
+            has_target=has_target,
+            has_quantized_embedding=embedding is not None,
+        )
+        position = files.last_position(num_values, num_finished, step)
+    streams = CalibrationStreams.start(
+        checkpoint,
+        tokens,
+        config.calibration,
+        device,
+        has_target=has_target,
+        num_together=sequences_together(config),
+        quantized=embedding,
+        files=files,
+        position=position,
+    )
+    return streams, position
 
 
 def build_fingerprint(checkpoint: Checkpoint, config: BuildConfig, tokens: CalibrationTokens) -> str:

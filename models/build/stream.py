@@ -15,34 +15,49 @@ from ..llama.checkpoint import Checkpoint
 from ..llama.model import embed
 from ..llama.rope import RotaryEmbedding
 from ..types import QuantizedWeight
+from .spill import HiddenFiles, StreamFiles
 
 
 class HiddenStream:
     """Hidden states of equally long sequences, batch by batch, kept in one copy.
 
-    hidden: list of (batch_size * sequence_length, hidden_size) in the host's memory, replaced by ``advance``: only the
-        batch that is inside a layer takes memory of the device
+    hidden: list of (batch_size * sequence_length, hidden_size) in the host's memory or in mapped files, replaced by
+        ``advance``: only the batch that is inside a layer takes memory of the device
     """
 
-    def __init__(self, batches: list[Batch], hidden: list[Tensor], rotary: RotaryEmbedding) -> None:
+    def __init__(
+        self, batches: list[Batch], hidden: list[Tensor], rotary: RotaryEmbedding, files: StreamFiles | None = None
+    ) -> None:
         self.batches = batches
         self.hidden = hidden
         self._rotary = rotary
+        self._files = files
 
     @classmethod
     def embed(
-        cls, tokens: Tensor, embedding: Tensor | QuantizedWeight, batch_size: int, rotary: RotaryEmbedding
+        cls,
+        tokens: Tensor,
+        embedding: Tensor | QuantizedWeight,
+        batch_size: int,
+        rotary: RotaryEmbedding,
+        files: StreamFiles | None = None,
     ) -> Self:
-        """The embedded ``tokens`` (num_sequences, sequence_length); ``embedding`` (vocab_size, hidden_size)."""
+        """The embedded ``tokens`` (num_sequences, sequence_length); ``embedding`` (vocab_size, hidden_size).
+
+        files: where the hidden states are kept, and may be already; None: in memory
+        """
         chunks = [tokens[start : start + batch_size] for start in range(0, len(tokens), batch_size)]
-        device = (embedding.codes if isinstance(embedding, QuantizedWeight) else embedding).device
-        batches = [Batch.uncached(chunk, device) for chunk in chunks]
-        hidden = [embed(batch.token_ids, embedding, torch.float32).cpu() for batch in batches]
-        return cls(batches, hidden, rotary)
+        table = embedding.codes if isinstance(embedding, QuantizedWeight) else embedding
+        batches = [Batch.uncached(chunk, table.device) for chunk in chunks]
+        hidden = (embed(batch.token_ids, embedding, torch.float32).cpu() for batch in batches)
+        if files is None:
+            return cls(batches, list(hidden), rotary)
+        shapes = [torch.Size((batch.num_tokens, table.shape[1])) for batch in batches]
+        return cls(batches, files.start(hidden, shapes), rotary, files)
 
     def copy(self) -> Self:
-        """A stream of the same hidden states that advances on its own."""
-        return type(self)(self.batches, [hidden.clone() for hidden in self.hidden], self._rotary)
+        """A stream of the same hidden states that advances on its own, in memory."""
+        return type(self)(self.batches, self.hidden.copy(), self._rotary)
 
     def split(self, batch_size: int) -> "HiddenStream":
         """The same hidden states, ``batch_size`` sequences at a time; shares their memory until either advances."""
@@ -76,8 +91,12 @@ class HiddenStream:
 
     def advance(self, layer: nn.Module) -> None:
         """Replace the hidden states by ``layer``'s outputs."""
-        for index in range(len(self.batches)):
-            self.hidden[index] = self._run(index, layer).cpu()
+        outputs = (self._run(index, layer).cpu() for index in range(len(self.batches)))
+        if self._files is not None:
+            self.hidden = self._files.advance(outputs)
+            return
+        for index, output in enumerate(outputs):
+            self.hidden[index] = output
 
     @torch.inference_mode()
     def _run(self, index: int, layer: nn.Module) -> Tensor:
@@ -107,6 +126,16 @@ class CalibrationStreams:
     uses_dense_inputs: bool
     holdout_dense_embedding: HiddenStream | None = None
 
+    @staticmethod
+    def num_values(
+        tokens: CalibrationTokens, hidden_size: int, *, has_target: bool, has_quantized_embedding: bool
+    ) -> dict[str, int]:
+        """Of each stream that ``start`` makes, by the name that its files bear."""
+        inputs, holdout = (part.numel() * hidden_size for part in (tokens.statistics, tokens.holdout))
+        sizes = {"statistics": inputs, "holdout-dense": holdout, "holdout-quantized": holdout}
+        sizes |= {"target": inputs} if has_target else {}
+        return sizes | ({"holdout-between": holdout} if has_quantized_embedding else {})
+
     @classmethod
     def start(
         cls,
@@ -118,6 +147,8 @@ class CalibrationStreams:
         has_target: bool = False,
         num_together: int = 0,
         quantized: QuantizedWeight | None = None,
+        files: HiddenFiles | None = None,
+        position: int = 0,
     ) -> Self:
         """Embed the calibration tokens; the embedding is released afterwards.
 
@@ -129,22 +160,25 @@ class CalibrationStreams:
             has_target: the dense layers' outputs are needed.
             num_together: sequences that go through a layer at a time; 0: a batch of ``config``.
             quantized: the embedding as the artifact stores it, on the device; None: like the dense one, at 16 bits.
+            files: where the hidden states are kept; None: in memory.
+            position: decoder layer from which to go on, where ``files`` have what comes before it.
         """
         dense = checkpoint.tensor("model.embed_tokens.weight", narrow=True).to(device)
         served = dense if quantized is None else quantized
         rotary = RotaryEmbedding(checkpoint.config, device)
 
-        def embedded(token_ids: Tensor, table: Tensor | QuantizedWeight) -> HiddenStream:
-            return HiddenStream.embed(token_ids, table, num_together or config.batch_size, rotary)
+        def embedded(name: str, token_ids: Tensor, table: Tensor | QuantizedWeight) -> HiddenStream:
+            kept = None if files is None else StreamFiles(files, name, position)
+            return HiddenStream.embed(token_ids, table, num_together or config.batch_size, rotary, kept)
 
         has_dense_inputs = config.inputs == "dense"
         return cls(
-            statistics=embedded(tokens.statistics, dense if has_dense_inputs else served),
-            target=embedded(tokens.statistics, dense) if has_target else None,
-            holdout_dense=embedded(tokens.holdout, dense),
-            holdout_quantized=embedded(tokens.holdout, served),
+            statistics=embedded("statistics", tokens.statistics, dense if has_dense_inputs else served),
+            target=embedded("target", tokens.statistics, dense) if has_target else None,
+            holdout_dense=embedded("holdout-dense", tokens.holdout, dense),
+            holdout_quantized=embedded("holdout-quantized", tokens.holdout, served),
             uses_dense_inputs=has_dense_inputs,
-            holdout_dense_embedding=None if quantized is None else embedded(tokens.holdout, dense),
+            holdout_dense_embedding=None if quantized is None else embedded("holdout-between", tokens.holdout, dense),
         )
 
     def advance_target(self, dense: nn.Module) -> None:
