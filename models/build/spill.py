@@ -38,7 +38,7 @@ class HiddenFiles:
         try:
             with atomic_file(path) as file:
                 for state in states:
-                    file.write(memoryview(state.numpy()).cast("B"))
+                    file.write(state.contiguous().numpy().data)
                     shapes.append(state.shape)
         except OSError as error:
             raise CalibrationError(
@@ -121,4 +121,4 @@ def _mapped(path: Path, shapes: Sequence[torch.Size]) -> list[Tensor]:
     if not sum(sizes):
         return [torch.empty(shape) for shape in shapes]
     whole = torch.from_file(str(path), shared=False, size=sum(sizes), dtype=torch.float32)
-    return [part.view(shape) for part, shape in zip(whole.split(sizes), shapes, strict=True)]
+    return [part.view(shape) for part, shape in zip(torch.split(whole, sizes), shapes, strict=True)]
