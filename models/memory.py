@@ -1,19 +1,27 @@
 """How much memory this process holds, sampled while work is under way."""
 
 import ctypes
+import mmap
 import sys
 import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import psutil
+from torch import Tensor
 
 SAMPLE_SECONDS = 0.005
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 _LARGEST_THRESHOLD = 1 << 25
+_PAGE_MAP = Path("/proc/self/pagemap")
+_PAGES_AT_ONCE = 1 << 17
+_PROCESS_STATUS = Path("/proc/self/stat")
+_HEAP_START = 44
+"""Index of ``start_brk`` among the fields behind the command's name."""
 
 
 def anonymous_bytes() -> int:
@@ -98,6 +106,64 @@ class PeakMemory:
     def _sample(self) -> None:
         while not self._stop.wait(SAMPLE_SECONDS):
             self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+
+
+def resident_tensor_bytes(tensor: Tensor) -> int | None:
+    """Bytes of the pages of ``tensor`` (contiguous, in host memory) that are resident; None: this system does not say.
+
+    Memory that was allocated and never touched is not.
+    """
+    return _resident_bytes(tensor.data_ptr(), tensor.nbytes)
+
+
+def free_heap_bytes() -> int | None:
+    """Bytes of glibc's heap that nobody uses and that are resident all the same; None: this is not glibc.
+
+    Of the main heap, which is all there is after ``share_one_heap``.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    account = getattr(library, "mallinfo2", None)
+    try:
+        start = int(_PROCESS_STATUS.read_text(encoding="ascii").rpartition(")")[2].split()[_HEAP_START])
+    except (OSError, ValueError):
+        return None
+    if account is None or library is None or not start:
+        return None
+    account.restype, library.sbrk.restype = _HeapAccount, ctypes.c_void_p
+    resident = _resident_bytes(start, library.sbrk(0) - start)
+    return None if resident is None else max(0, resident - account().uordblks)
+
+
+class _HeapAccount(ctypes.Structure):
+    """glibc's ``struct mallinfo2``; ``uordblks`` is what is in use of the heaps."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    )  # fmt: skip
+    uordblks: int
+
+
+def _resident_bytes(address: int, num_bytes: int) -> int | None:
+    """Bytes of the resident pages among those of ``num_bytes`` from ``address`` on; None: this system does not say."""
+    page = mmap.PAGESIZE
+    start = address // page
+    num_left = -(-(address + num_bytes) // page) - start if num_bytes else 0
+    num_resident = 0
+    try:
+        with _PAGE_MAP.open("rb", buffering=0) as pages:  # 64 bits a page, the highest one set where it is present
+            pages.seek(start * 8)
+            while num_left > 0:
+                entries = np.frombuffer(pages.read(8 * min(num_left, _PAGES_AT_ONCE)), np.uint64)
+                if not len(entries):
+                    return None
+                num_resident += int(np.count_nonzero(entries >> np.uint64(63)))
+                num_left -= len(entries)
+    except OSError:
+        return None
+    return num_resident * page
 
 
 def directory_bytes(directory: Path) -> int:

@@ -1,21 +1,25 @@
 """Puts one application together: a loaded model, its engine, its metrics and the routes. Nothing at import time."""
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from models.artifact.format import qerve_version
 from models.artifact.load import LoadedModel
+from models.errors import QerveError
 
 from .access import AccessMiddleware
 from .api import chat, completions, perplexity, system, tokenize
 from .api.admission import install_engine_handlers
 from .api.document import make_document
 from .api.rank import RANK_HEADER, rank_policy
+from .canary import make_canary
 from .deps import TIMEOUT_HEADER, Context
 from .engine.async_engine import AsyncEngine
 from .engine.block_manager import BlockManager
@@ -29,63 +33,116 @@ from .grammar import GrammarCompiler
 from .key_limits import KeyLimits
 from .keys import KeyRing
 from .memory import available_bytes
-from .metrics import WEIGHT_COMPONENTS, Metrics
+from .memory_account import MemoryAccount
+from .metrics import Metrics
+from .metrics.readings import read_account, read_cache, read_context, read_engine
 from .middleware import ErrorBoundaryMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
 from .model_info import ModelInfo
 from .settings import Settings
 from .token_speller import TokenSpeller
+
+if TYPE_CHECKING:
+    from .otlp import OtlpTelemetry
 
 logger = logging.getLogger("qerve.server")
 
 MIB = 1 << 20
 
 
-def create_app(loaded: LoadedModel, settings: Settings, keys: KeyRing | None = None) -> FastAPI:
+def create_app(
+    loaded: LoadedModel,
+    settings: Settings,
+    keys: KeyRing | None = None,
+    *,
+    new_metrics: Callable[[str, int], Metrics] = Metrics,
+    interpreter_bytes: int | None = None,
+) -> FastAPI:
     """The application that serves ``loaded``; its engine runs from the application's start to its shutdown.
 
-    keys: None: those of the settings
+    keys:              None: those of the settings
+    new_metrics:       makes the metrics of the model's name and longest sequence
+    interpreter_bytes: see ``MemoryAccount``
 
     Raises:
-        QerveError: the cache or the steps that the settings ask for cannot be had, or the keys.
+        QerveError: the cache or the steps that the settings ask for cannot be had, or the keys, or telemetry's extra.
     """
     started = time.perf_counter()
-    model = loaded.model
+    model, tokenizer = loaded.model, loaded.tokenizer
     limits = CacheLimits(settings.max_num_seqs, settings.max_model_len, settings.kv_cache_memory)
     plan = plan_cache(model.config, model.cache_block_bytes, model.device.type, available_bytes(model.device), limits)
     info = ModelInfo(
         _model_name(settings), plan.max_model_len, loaded.manifest, loaded.selections, loaded.execution.rows()
     )
-    metrics = Metrics(info.name, plan.max_model_len)
-    engine = _engine(loaded, settings, plan, metrics)
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        engine.start()
-        try:
-            yield
-        finally:
-            await engine.stop()
-
-    app = FastAPI(title="qerve", version=qerve_version(), lifespan=lifespan)
-    max_prompt_chars = plan.max_model_len * loaded.tokenizer.max_token_chars
-    tokenizer = loaded.tokenizer
-    grammars = GrammarCompiler(tokenizer.to_json, tokenizer.eos_token_ids, model.config.vocab_size)
-    speller = TokenSpeller(tokenizer)
+    metrics = new_metrics(info.name, plan.max_model_len)
+    engine = _engine(loaded, settings, plan, metrics, interpreter_bytes)
     keys = key_ring(settings) if keys is None else keys
-    ranks = rank_policy(info, settings)
-    metrics.add_value("elastic_rank", "Rank that new requests get", lambda: ranks.rank_at(engine.num_waiting))
-    app.state.context = Context(
-        settings, loaded, info, engine, metrics, max_prompt_chars, grammars, speller, keys, ranks
+    context = Context(
+        settings,
+        loaded,
+        info,
+        engine,
+        metrics,
+        max_prompt_chars=plan.max_model_len * tokenizer.max_token_chars,
+        grammars=GrammarCompiler(tokenizer.to_json, tokenizer.eos_token_ids, model.config.vocab_size),
+        speller=TokenSpeller(tokenizer),
+        keys=keys,
+        ranks=rank_policy(info, settings),
+        canary=make_canary(engine, info, metrics, settings),
     )
+    telemetry = _telemetry(settings, info)
+    app = FastAPI(title="qerve", version=qerve_version(), lifespan=lambda _: _life(context, telemetry))
+    app.state.context = context
+    _add_routes(app, settings)
+    _add_middleware(app, settings, metrics, keys, telemetry)
+    read_context(metrics.read, context)
+    if settings.metrics_compat == "vllm":
+        metrics.export_vllm_names()
+    metrics.phases |= {"load": loaded.load_seconds, "prepare": time.perf_counter() - started}
+    return app
+
+
+@asynccontextmanager
+async def _life(context: Context, telemetry: "OtlpTelemetry | None") -> AsyncIterator[None]:
+    """From the engine's start to its end; the first score of the probe comes before any request."""
+    context.engine.start()
+    watch: asyncio.Task[None] | None = None
+    try:
+        if context.canary is not None:
+            await context.canary.check()
+            context.metrics.phases["canary"] = context.canary.duration_seconds
+            watch = asyncio.create_task(context.canary.watch())
+        yield
+    finally:
+        if watch is not None:
+            watch.cancel()
+        await context.engine.stop()
+        if telemetry is not None:
+            await asyncio.to_thread(telemetry.close)
+
+
+def _telemetry(settings: Settings, info: ModelInfo) -> "OtlpTelemetry | None":
+    """Where the settings ask for it.
+
+    Raises:
+        QerveError: the extra is not installed.
+    """
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        from .otlp import open_otlp
+    except ModuleNotFoundError as error:
+        raise QerveError(f"otlp_endpoint needs {error.name}: pip install 'qerve[otlp]'") from error
+    return open_otlp(settings.otlp_endpoint, info.name, (settings.host, settings.port))
+
+
+def _add_routes(app: FastAPI, settings: Settings) -> None:
     for module in (completions, chat, perplexity, tokenize, system):
         app.include_router(module.router)
+    if settings.metrics_port is None:
+        app.include_router(system.metrics_router)
     install_handlers(app)
     install_engine_handlers(app)
-    _add_middleware(app, settings, metrics, keys)
     app.openapi = lambda: make_document(app)  # type: ignore[method-assign]
-    seconds = {"load": loaded.load_seconds, "prepare": time.perf_counter() - started}
-    _describe_model(metrics, loaded, info, seconds)
-    return app
 
 
 def key_ring(settings: Settings) -> KeyRing:
@@ -104,7 +161,9 @@ def _model_name(settings: Settings) -> str:
     return "qerve" if settings.artifact is None else settings.artifact.resolve().name
 
 
-def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: Metrics) -> AsyncEngine:
+def _engine(
+    loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: Metrics, interpreter_bytes: int | None
+) -> AsyncEngine:
     model = loaded.model
     kv_cache = model.new_cache(plan.num_blocks)
     blocks = BlockManager(plan.num_blocks, has_prefix_cache=settings.prefix_caching)
@@ -121,31 +180,19 @@ def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: M
         plan.max_model_len,
         budget,
     )
-    block_bytes = kv_cache.nbytes / plan.num_blocks
-    numbers_of_blocks: dict[str, Callable[[], int]] = {
-        "capacity": lambda: blocks.num_blocks,
-        "used": lambda: blocks.num_used_blocks,
-        "cached": lambda: blocks.num_cached_blocks,
-    }
-    metrics.add_value("num_requests_running", "Sequences being generated", lambda: len(scheduler.running))
-    metrics.add_value("num_requests_waiting", "Sequences that wait for a seat", lambda: len(scheduler.waiting))
-    metrics.add_value("kv_cache_usage_perc", "Share of the key-value cache in use, 0 to 1", lambda: blocks.usage)
-    metrics.add_group(
-        "kv_cache_bytes",
-        "Key-value cache: all of it, what requests hold, and what is kept of former ones until that is wanted",
-        lambda: [({"kind": kind}, block_bytes * number()) for kind, number in numbers_of_blocks.items()],
-    )
-    metrics.add_value("throughput_tokens_per_second", "Recent speed", lambda: engine.throughput.tokens_per_second)
     capacity = settings.max_num_seqs + settings.max_queue
     async_engine = AsyncEngine(
         engine, capacity, settings.max_queued_tokens, settings.max_failed_steps, settings.step_timeout_seconds
     )
-    admission = async_engine.admission
-    metrics.add_value("num_queued_tokens", "Prompt tokens that wait", lambda: admission.num_queued_tokens)
+    read_engine(metrics.read, async_engine, scheduler)
+    read_cache(metrics.read, kv_cache, scheduler, settings.kv_cache_dtype)
+    read_account(metrics.read, MemoryAccount(loaded, kv_cache, interpreter_bytes))
     return async_engine
 
 
-def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, keys: KeyRing) -> None:
+def _add_middleware(
+    app: FastAPI, settings: Settings, metrics: Metrics, keys: KeyRing, telemetry: "OtlpTelemetry | None"
+) -> None:
     """The last one added is the outermost: every response is counted and has its id, refused ones too."""
     limits = KeyLimits(settings.max_concurrent_per_key, settings.requests_per_minute_per_key)
     app.add_middleware(AccessMiddleware, keys=keys, limits=limits, metrics=metrics)
@@ -159,32 +206,5 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, keys: Ke
             allow_headers=["authorization", "content-type", "x-request-id", TIMEOUT_HEADER],
             expose_headers=["x-request-id", "retry-after", RANK_HEADER],
         )
-    app.add_middleware(HttpMetricsMiddleware, metrics=metrics)
+    app.add_middleware(HttpMetricsMiddleware, metrics=metrics, telemetry=telemetry)
     app.add_middleware(RequestIdMiddleware)
-
-
-def _describe_model(metrics: Metrics, loaded: LoadedModel, info: ModelInfo, startup_seconds: dict[str, float]) -> None:
-    manifest = loaded.manifest
-    scheme = info.schemes[0] if info.schemes else {}
-    labels = {
-        "version": qerve_version(),
-        "kernel": ",".join(sorted(info.backends)),
-        "artifact_sha256": manifest.manifest_sha256,
-        "method": manifest.build.reconstruct.method,
-        "scheme": f"w{scheme.get('num_bits', 16)}g{scheme.get('group_size', -1)}",
-        "rank": str(info.rank),
-    }
-    weights = [({"component": WEIGHT_COMPONENTS.get(name, name)}, size) for name, size in loaded.weight_bytes.items()]
-    resident = [({"backend": name}, size) for name, size in loaded.resident_bytes.items()]
-    phases = [({"phase": phase}, seconds) for phase, seconds in startup_seconds.items()]
-    add = metrics.add_constants
-    add("build_info", "What is served and how, in labels; always 1", [(labels, 1)])
-    add("model_weight_bytes", "Weights as stored in the artifact, by component", weights)
-    add("model_resident_bytes", "Weights as kept in memory, by the kernel backend that keeps them", resident)
-    add(
-        "model_effective_bits_per_weight",
-        "Stored bits per weight of the linear layers",
-        [({}, manifest.effective_bits)],
-    )
-    add("model_load_seconds", "From opening the artifact to the network built", [({}, loaded.load_seconds)])
-    add("startup_seconds", "Time from start to ready, by phase", phases)

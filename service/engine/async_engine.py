@@ -12,12 +12,13 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from .admission import Admission, DrainingError
 from .engine import Engine, RequestOutput
 from .generation import Generation
 from .request import FinishReason, Request
+from .throughput import Throughput
 
 logger = logging.getLogger("qerve.engine")
 
@@ -47,6 +48,7 @@ class AsyncEngine:
         self._step_timeout_seconds = step_timeout_seconds
         self._step_started: float | None = None
         self._generations: dict[str, Generation] = {}
+        self._background: Generation | None = None
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._is_stopping = False
@@ -91,6 +93,21 @@ class AsyncEngine:
         scheduler = self._engine.scheduler
         return max(self.admission.num_sequences - scheduler.max_num_seqs, len(scheduler.waiting))
 
+    @property
+    def num_running(self) -> int:
+        """Sequences that are computed in every step, but for those that nobody waits for."""
+        return sum(not request.is_background for request in list(self._engine.scheduler.running))
+
+    @property
+    def num_deferred(self) -> int:
+        """Sequences that were admitted and are not in the engine yet: being tokenized, or their grammar compiled."""
+        return max(0, self.admission.num_sequences - self.num_running - len(self._engine.scheduler.waiting))
+
+    @property
+    def throughput(self) -> Throughput:
+        """How fast the engine has been lately."""
+        return self._engine.throughput
+
     def start(self) -> None:
         """Start the thread; outputs go to the event loop that is running now."""
         self._event_loop = asyncio.get_running_loop()
@@ -133,7 +150,27 @@ class AsyncEngine:
         """
         if self.is_draining or self.failure is not None:
             raise DrainingError
-        return Generation(self, self.admission.reserve(num_sequences, num_tokens), keeps_seats)
+        reservation = self.admission.reserve(num_sequences, num_tokens)
+        if self._background is not None:
+            self._background.give_way()
+        return Generation(self, reservation, keeps_seats)
+
+    @contextlib.contextmanager
+    def background(self) -> Iterator[Generation | None]:
+        """A call without a seat for what nobody waits for, closed with the context; None: the engine has better to do.
+
+        It ends with ``GaveWayError`` as soon as another call is admitted.
+        """
+        if not (self.is_idle and self.is_running) or self.is_draining or self._background is not None:
+            yield None
+            return
+        no_seats = Admission(1, None, self._engine.throughput)
+        self._background = Generation(self, no_seats.reserve(1, 0))
+        try:
+            yield self._background
+        finally:
+            self._background.close()
+            self._background = None
 
     def add(self, generation: Generation, requests: Sequence[Request]) -> None:
         """Queue ``requests``; their outputs go to ``generation``."""

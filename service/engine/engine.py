@@ -42,6 +42,9 @@ class EngineObserver:
     def step_ran(self, num_tokens: int) -> None:
         """A forward pass over ``num_tokens`` tokens is done."""
 
+    def step_failed(self) -> None:
+        """A step raised an exception."""
+
     def token_generated(self, request: Request, previous_seconds: float | None) -> None:
         """``request`` got a token; the one before it came at ``previous_seconds`` (None: this is the first)."""
 
@@ -53,6 +56,9 @@ class EngineObserver:
 
     def logits_not_finite(self) -> None:
         """A row of logits held NaN or infinity."""
+
+
+_NOBODY = EngineObserver()
 
 
 class RequestOutput(NamedTuple):
@@ -146,6 +152,7 @@ class Engine:
         except Exception:
             logger.exception("a step of %d requests failed", len(scheduled))
             self.health.step_failed()
+            self._observer.step_failed()
             return [self._fail(item.request, "the model failed on this request") for item in scheduled]
         outputs = [self._collect_scores(item.request, scores.get(item.request, [])) for item in scheduled]
         # Of a request that failed by its scores, the token is of no use.
@@ -165,10 +172,11 @@ class Engine:
             self.scheduler.advance(request, num_new - len(draft))
             if request.scheduled_seconds is None:
                 request.scheduled_seconds = started
-                self._observer.request_started(request)
+                self._observer_of(request).request_started(request)
         num_tokens = sum(item.num_tokens for item in scheduled)
-        self._observer.step_ran(num_tokens)
-        self.throughput.step_ran(num_tokens, self.clock() - started)
+        if not scheduled[0].request.is_background:  # which only runs alone
+            self._observer.step_ran(num_tokens)
+            self.throughput.step_ran(num_tokens, self.clock() - started)
         self.health.step_succeeded()
         self._count_drafts(scheduled, tokens)
         return tokens, scores
@@ -257,4 +265,8 @@ class Engine:
             self.throughput.request_finished(request.num_output_tokens)
         del self._requests[request.request_id]
         del self._texts[request.request_id]
-        self._observer.request_finished(request)
+        self._observer_of(request).request_finished(request)
+
+    def _observer_of(self, request: Request) -> EngineObserver:
+        """Who is told of ``request``: what nobody waits for is not counted with what somebody does."""
+        return _NOBODY if request.is_background else self._observer
