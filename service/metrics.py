@@ -59,10 +59,15 @@ class Readings(Collector):
 
 
 class Metrics(EngineObserver):
-    """Every instrument of one application, and the engine's observer."""
+    """Every instrument of one application, and the engine's observer.
+
+    registry: all of them
+    exposed:  what ``/metrics`` shows; the registry, unless something gathers it from several processes
+    """
 
     def __init__(self, model_name: str, max_model_len: int) -> None:
         self.registry = CollectorRegistry()
+        self.exposed = self.registry
         self._labels = {"model_name": model_name, "engine": "0"}
         self._add_counters()
         self._add_histograms(max_model_len)

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
 from fastapi import FastAPI
@@ -59,7 +59,7 @@ def _serve(settings: Settings, keys: KeyRing) -> None:
         def give_up() -> None:
             server.should_exit = True
 
-        loading = LoadingApp(_loader(settings, keys), announce, give_up)
+        loading = LoadingApp(partial(load_app, settings, keys), announce, give_up)
         server = DrainingServer(loading, settings.log_level)
         if settings.api_keys_file is not None:
             signal.signal(signal.SIGHUP, server.handle_reload)
@@ -70,19 +70,21 @@ def _serve(settings: Settings, keys: KeyRing) -> None:
         raise QerveError(f"the server has stopped: {server.failure}; the log says why")
 
 
-def _loader(settings: Settings, keys: KeyRing) -> Callable[[], FastAPI]:
-    def load() -> FastAPI:
-        assert settings.artifact is not None  # noqa: S101 checked where the command line is read
-        choices = RunOptions(settings.backend, settings.activations, settings.kv_cache_dtype)
-        loaded = load_artifact(settings.artifact, settings.torch_device, settings.torch_dtype, options=choices)
-        app = create_app(loaded, settings, keys)
-        return_freed_memory()
-        # What is loaded stays: the collector need not go through it again and again while requests wait.
-        gc.collect()
-        gc.freeze()
-        return app
+def load_app(settings: Settings, keys: KeyRing) -> FastAPI:
+    """The application that serves the artifact of ``settings``, with the process made ready to keep it.
 
-    return load
+    Raises:
+        QerveError: the artifact cannot be used, or the engine cannot be had as the settings want it.
+    """
+    assert settings.artifact is not None  # noqa: S101 checked where the command line is read
+    choices = RunOptions(settings.backend, settings.activations, settings.kv_cache_dtype)
+    loaded = load_artifact(settings.artifact, settings.torch_device, settings.torch_dtype, options=choices)
+    app = create_app(loaded, settings, keys)
+    return_freed_memory()
+    # What is loaded stays: the collector need not go through it again and again while requests wait.
+    gc.collect()
+    gc.freeze()
+    return app
 
 
 def _say(message: str) -> None:
