@@ -117,7 +117,7 @@ class Replica:
         self._app = load_app(self._settings, key_ring(self._settings))
         self._context.metrics.exposed = MergedRegistry(self._gather)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:  # noqa: PLW3201 - Ray's name
+    def __serve_build_asgi_app__(self) -> FastAPI:
         """What answers requests; Ray runs its lifespan, which starts and stops the engine."""
         return self._app
 
