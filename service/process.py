@@ -87,21 +87,33 @@ def _loader(settings: Settings, keys: KeyRing, registry: CollectorRegistry) -> C
     imports_seconds = time.time() - psutil.Process().create_time()
 
     def load() -> FastAPI:
-        assert settings.artifact is not None  # noqa: S101 checked where the command line is read
-        choices = RunOptions(settings.backend, settings.activations, settings.kv_cache_dtype)
-        return_freed_memory()
-        interpreter_bytes = anonymous_bytes()
-        loaded = load_artifact(settings.artifact, settings.torch_device, settings.torch_dtype, options=choices)
-        new_metrics = partial(Metrics, registry=registry)
-        app = create_app(loaded, settings, keys, new_metrics=new_metrics, interpreter_bytes=interpreter_bytes)
+        app = load_app(settings, keys, registry)
         app.state.context.metrics.phases["imports"] = imports_seconds
-        return_freed_memory()
-        # What is loaded stays: the collector need not go through it again and again while requests wait.
-        gc.collect()
-        gc.freeze()
         return app
 
     return load
+
+
+def load_app(settings: Settings, keys: KeyRing, registry: CollectorRegistry | None = None) -> FastAPI:
+    """The application that serves the artifact of ``settings``, with the process made ready to keep it.
+
+    registry: where its metrics go; None: one of its own
+
+    Raises:
+        QerveError: the artifact cannot be used, or the engine cannot be had as the settings want it.
+    """
+    assert settings.artifact is not None  # noqa: S101 checked where the command line is read
+    choices = RunOptions(settings.backend, settings.activations, settings.kv_cache_dtype)
+    return_freed_memory()
+    interpreter_bytes = anonymous_bytes()
+    loaded = load_artifact(settings.artifact, settings.torch_device, settings.torch_dtype, options=choices)
+    new_metrics = partial(Metrics, registry=registry)
+    app = create_app(loaded, settings, keys, new_metrics=new_metrics, interpreter_bytes=interpreter_bytes)
+    return_freed_memory()
+    # What is loaded stays: the collector need not go through it again and again while requests wait.
+    gc.collect()
+    gc.freeze()
+    return app
 
 
 def _say(message: str) -> None:

@@ -47,4 +47,4 @@ async def ready(context: ContextDep) -> JSONResponse:
 def metrics(request: Request, context: ContextDep) -> Response:
     """All metrics, in the format that the scraper asks for."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(context.metrics.registry), headers={"Content-Type": content_type})
+    return Response(encode(context.metrics.exposed), headers={"Content-Type": content_type})

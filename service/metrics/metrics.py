@@ -15,11 +15,13 @@ class Metrics(EngineObserver):
     latencies, responses) is counted when it happens.
 
     registry:   where all of them are
+    exposed:    what ``/metrics`` shows: the registry, unless something gathers it from several processes
     phases:     what the time from the process's start to ready was spent on, in seconds
     """
 
     def __init__(self, model_name: str, max_model_len: int, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
+        self.exposed = self.registry
         self.phases: dict[str, float] = {}
         self._instruments = Instruments(self.registry, model_name, max_model_len)
         self._add_requests()
