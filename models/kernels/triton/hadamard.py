@@ -9,6 +9,8 @@ butterflies in float32, ``(a, b) -> (a + b, a - b)`` over pairs of rows of the r
 import triton
 import triton.language as tl
 
+from .parts import dot16
+
 MIN_BLOCK = 16
 """Narrowest block: the shortest sum of a 16-bit product on the tensor cores."""
 MAX_INNER = 64
@@ -30,7 +32,7 @@ def rotate_tile(tile, BLOCK: tl.constexpr, INNER: tl.constexpr):
     """
     rows: tl.constexpr = tile.shape[0] * tile.shape[1] // INNER
     parts = tl.reshape(tile, (rows, INNER))
-    parts = tl.dot(parts, _signs(INNER).to(tile.dtype), input_precision="ieee")
+    parts = dot16(parts, _signs(INNER).to(tile.dtype), tl.zeros((rows, INNER), tl.float32))
     number = tl.arange(0, rows)
     for stage in tl.static_range(BLOCK // INNER):
         # powers of two below the number of parts in a block: one stage of butterflies each

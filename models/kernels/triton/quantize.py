@@ -23,6 +23,7 @@ import triton.language as tl
 
 from .grids import choose_grid, group_range, round_to_grid
 from .hadamard import rotate_tile
+from .parts import dot16
 
 
 @triton.jit
@@ -45,20 +46,25 @@ def input_kernel(
     # programs of further components store those alone
     is_stored = rows < num_tokens * (tl.program_id(1) == 0)
     num_steps = 1 if IS_WHOLE else tl.cdiv(out_stride, BLOCK_K)
+    if IS_WHOLE:
+        tile = _load_tile(x, divisor, channel_order, rows, 0, num_tokens, x_stride, in_features,
+                          ROTATION, INNER, BLOCK_K)  # fmt: skip
     if FORMAT != "none" and GROUP == 0:
         low = tl.zeros((BLOCK_M, 1, 1), tl.float32)
         high, flaw = low, low
         for step in range(num_steps):
-            tile = _load_tile(x, divisor, channel_order, rows, step * BLOCK_K, num_tokens, x_stride, in_features,
-                              ROTATION, INNER, BLOCK_K)  # fmt: skip
+            if not IS_WHOLE:
+                tile = _load_tile(x, divisor, channel_order, rows, step * BLOCK_K, num_tokens, x_stride, in_features,
+                                  ROTATION, INNER, BLOCK_K)  # fmt: skip
             tile_low, tile_high, tile_flaw = group_range(tl.reshape(tile.to(tl.float32), (BLOCK_M, 1, BLOCK_K)))
             low, high, flaw = tl.minimum(low, tile_low), tl.maximum(high, tile_high), flaw + tile_flaw
         scale, lowest = choose_grid(low, high, clip_ratio, FORMAT, NUM_BITS, IS_SYMMETRIC, IS_CEIL)
         _store_grid(scale + flaw, lowest, rows, is_stored, 0, 1, scale_out, offset_out, num_tokens)
     reduced = tl.zeros((BLOCK_M, CHUNK if CHUNK else 1), tl.float32)
     for step in range(num_steps):
-        tile = _load_tile(x, divisor, channel_order, rows, step * BLOCK_K, num_tokens, x_stride, in_features,
-                          ROTATION, INNER, BLOCK_K)  # fmt: skip
+        if not IS_WHOLE:
+            tile = _load_tile(x, divisor, channel_order, rows, step * BLOCK_K, num_tokens, x_stride, in_features,
+                              ROTATION, INNER, BLOCK_K)  # fmt: skip
         columns = step * BLOCK_K + tl.arange(0, BLOCK_K)
         is_code = is_stored[:, None] & (columns < out_stride)[None, :]
         place = rows[:, None].to(tl.int64) * out_stride + columns[None, :]
@@ -90,7 +96,7 @@ def input_kernel(
                 components = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
                 inside = (columns < in_features)[:, None] & (components < rank)[None, :]
                 down = tl.load(lora_down + components[None, :] * in_features + columns[:, None], mask=inside, other=0.0)
-                reduced = tl.dot(values, down, reduced, input_precision="ieee")
+                reduced = dot16(values, down, reduced)
             else:
                 for index in tl.static_range(CHUNK):
                     component = tl.program_id(1) * CHUNK + index
