@@ -26,23 +26,24 @@ from .parts import dot16, keep_components, load_grid, load_inputs, load_weights,
 @triton.jit
 def _zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """What products are added to: (BLOCK_M, BLOCK_N); of one row (BLOCK_K, BLOCK_N), to be summed at the end."""
-    if BLOCK_M == 1:
-        return tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
-    return tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    HEIGHT: tl.constexpr = BLOCK_K if BLOCK_M == 1 else BLOCK_M
+    return tl.zeros((HEIGHT, BLOCK_N), dtype=tl.float32)
 
 
 @triton.jit
 def _add_product(total, inputs, weights, BLOCK_M: tl.constexpr):
     """``total`` plus ``inputs`` (BLOCK_M, BLOCK_K) times ``weights`` (BLOCK_K, BLOCK_N) float32."""
     if BLOCK_M == 1:
-        return total + tl.trans(inputs).to(tl.float32) * weights
-    return dot16(inputs, weights.to(inputs.dtype), total)
+        total += tl.trans(inputs).to(tl.float32) * weights.to(tl.float32)
+    else:
+        total = dot16(inputs, weights.to(inputs.dtype), total)
+    return total
 
 
 @triton.jit
 def _summed(total, BLOCK_M: tl.constexpr):
     if BLOCK_M == 1:
-        return tl.sum(total, 0)[None, :]
+        total = tl.sum(total, 0)[None, :]
     return total
 
 
@@ -79,7 +80,7 @@ def _down_product(
         inputs = load_inputs(x, input_scale, channel_order, rows, channels, num_rows, in_features)
         inside = (channels < in_features)[:, None] & (components < rank)[None, :]
         down = tl.load(lora_down + components[None, :] * in_features + channels[:, None], mask=inside, other=0.0)
-        total = _add_product(total, inputs, down.to(tl.float32) if BLOCK_M == 1 else down, BLOCK_M)
+        total = _add_product(total, inputs, down, BLOCK_M)
     return _summed(total, BLOCK_M)
 
 

@@ -20,8 +20,10 @@ def dot16(left, right, total):
     The interpreter takes the bits of bfloat16 for integers: there both become float32, which changes no product.
     """
     if IS_INTERPRETING:
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
-    return tl.dot(left, right, total)
+        total = tl.dot(left.to(tl.float32), right.to(tl.float32), total, input_precision="ieee")
+    else:
+        total = tl.dot(left, right, total)
+    return total
 
 
 @triton.jit
@@ -113,8 +115,10 @@ def low_rank(
     up = tl.load(lora_up + components[:, None] * out_features + columns[None, :], mask=inside, other=0.0)
     if BLOCK_M == 1:
         rounded = tl.trans(reduced).to(up.dtype).to(tl.float32)
-        return total + tl.sum(rounded * up.to(tl.float32), 0)[None, :]
-    return dot16(reduced.to(up.dtype), up, total)
+        total += tl.sum(rounded * up.to(tl.float32), 0)[None, :]
+    else:
+        total = dot16(reduced.to(up.dtype), up, total)
+    return total
 
 
 @triton.jit
