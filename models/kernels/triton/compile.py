@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from ...errors import KernelError
 from . import variants16
 from .environment import TritonEnvironment
+from .launch16 import OPTIONS
 from .tiles import SHARED_MEMORY
 from .variant import Variant
 
@@ -71,7 +72,7 @@ def compile_variant(variant: Variant) -> Resources:
             if name in variant.types and name not in variant.unaligned
         },
     )
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, **OPTIONS}
     compiled = triton.compile(source, target=GPUTarget("cuda", tile.arch, 32), options=options)
     registers, spills = _assembled(compiled.asm["ptx"], tile.arch)
     return Resources(registers, spills, compiled.metadata.shared)
