@@ -1,7 +1,7 @@
 """The Triton kernels as a backend for NVIDIA GPUs: codes of every format, low-rank terms inside the products.
 
-Layers whose inputs are not quantized, or not to a grid that integer tensor cores know, take 16-bit inputs
-(``linear16``).
+Layers with quantized inputs are multiplied on the INT8 tensor cores (``linear8``). Layers whose inputs are not quantized,
+or not to a grid that integer tensor cores know, take 16-bit inputs (``linear16``); ``integer_obstacle`` says which.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from ...errors import KernelError
 from ...types import LinearWeights
 from ..base import LinearSpec, PreparedLinear
 from .environment import TritonEnvironment
+from .integer import integer_obstacle
 
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -48,7 +49,12 @@ class TritonBackend:
         reason = self.unsupported(LinearSpec.of(weights, device, dtype))
         if reason is not None:
             raise KernelError(f"{self.name}: {reason}")
-        from .layer16 import TritonLinear16  # imports triton
+        quantized = weights.quantized
+        if integer_obstacle(quantized.scheme, weights.activations, quantized.in_features) is None:
+            from .layer8 import TritonLinear8  # imports triton
+
+            return TritonLinear8.of(weights, device, dtype)
+        from .layer16 import TritonLinear16
 
         return TritonLinear16.of(weights, device, dtype)
 

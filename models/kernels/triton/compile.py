@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...errors import KernelError
-from . import variants16
+from . import variants8, variants16
 from .environment import TritonEnvironment
 from .launch16 import OPTIONS
 from .tiles import SHARED_MEMORY
@@ -51,6 +51,7 @@ class Resources:
 def all_variants() -> Iterator[Variant]:
     """Those of every module with kernels."""
     yield from variants16.variants()
+    yield from variants8.variants()
 
 
 def compile_variant(variant: Variant) -> Resources:

@@ -25,7 +25,13 @@ def group_range(groups):
 
 @triton.jit
 def choose_grid(
-    low, high, clip_ratio, FORMAT: tl.constexpr, NUM_BITS: tl.constexpr, IS_SYMMETRIC: tl.constexpr, IS_CEIL: tl.constexpr
+    low,
+    high,
+    clip_ratio,
+    FORMAT: tl.constexpr,
+    NUM_BITS: tl.constexpr,
+    IS_SYMMETRIC: tl.constexpr,
+    IS_CEIL: tl.constexpr,
 ):
     """Scale, and the lowest step of the grid, of groups that span ``low`` to ``high``."""
     largest: tl.constexpr = (1 << (NUM_BITS - 1)) - 1

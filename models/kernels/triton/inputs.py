@@ -5,21 +5,24 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
+from ...errors import KernelError
 from ...quant.activation import quantize_activations
 from ...quant.grid import dense_factors
-from ...scheme import PER_TOKEN, ActivationScheme
+from ...scheme import ActivationScheme
 from ...transform.inputs import InputTransform
 from ...types import LinearWeights
 from .hadamard import MAX_INNER, can_rotate
+from .integer import has_offset, input_group, rounding_obstacle
+from .launch16 import OPTIONS, cdiv
 from .quantize import input_kernel
 
 CODE_MULTIPLE = 128
 """Channels to whose multiple rows of codes are padded, with zeros: the longest step of the product."""
 _MAX_WHOLE = 16384
-_FEW_TOKENS = 64
+FEW_TOKENS = 64
+"""Tokens up to which each is a program of its own: ``lora_down`` is then read once a token, from the cache."""
 _FEW_COMPONENTS = 8
 _MANY_TOKENS_TILE = (16, 128)
 _MAX_COMPONENTS = 64
@@ -103,7 +106,7 @@ class FusedInput:
             (num_tokens, rank), or None without a low-rank term.
         """
         has_transform = self.divisor is not None or self.channel_order is not None or self.rotation_block
-        if self.activations is not None and why_not(self.activations) is not None:
+        if self.activations is not None and rounding_obstacle(self.activations) is not None:
             return self._prepare_in_torch(x)
         if not has_transform and self.activations is None and (not self.rank or self.lora_down is None):
             return x, x[:, : self.rank] if self.rank else None
@@ -115,11 +118,15 @@ class FusedInput:
     def quantize_input(self, x: Tensor, segment: int = 0) -> IntegerInput:
         """``x`` (num_tokens, in_features) as codes, with sums of each ``segment`` channels (a power of two, or 0).
 
-        ``activations`` must be a scheme that ``why_not`` has nothing against.
+        There must be ``activations``, a scheme that ``rounding_obstacle`` has nothing against.
+
+        Raises:
+            KernelError: the layer's inputs are not quantized.
         """
         scheme, num_tokens = self.activations, len(x)
-        assert scheme is not None
-        num_groups = 1 if scheme.group_size == PER_TOKEN else self.in_features // scheme.group_size
+        if scheme is None:
+            raise KernelError("a layer whose inputs are not quantized has no codes: prepare_input is for it")
+        num_groups = self.in_features // (input_group(scheme) or self.in_features)
         padded = -(-self.in_features // CODE_MULTIPLE) * CODE_MULTIPLE
         codes = x.new_empty(num_tokens, padded, dtype=torch.int8)
         scale = x.new_empty(num_groups, num_tokens, dtype=torch.float32)
@@ -148,7 +155,7 @@ class FusedInput:
             x = self._transform().apply(x)
             divisor, order, rotation = None, None, 0
         x = x if x.stride(1) == 1 else x.contiguous()
-        grid = (triton.cdiv(num_tokens, tile.block_m), triton.cdiv(self.rank, tile.chunk) if tile.chunk else 1)
+        grid = (cdiv(num_tokens, tile.block_m), cdiv(self.rank, tile.chunk) if tile.chunk else 1)
         input_kernel[grid](
             x, divisor, order, self.lora_down, out, scale, offset, sums, reduced,
             num_tokens, x.stride(0), out.shape[1], self.in_features, self.rank,
@@ -159,7 +166,7 @@ class FusedInput:
             NUM_BITS=8 if scheme is None else scheme.num_bits,
             IS_SYMMETRIC=scheme is None or scheme.is_symmetric,
             IS_CEIL=scheme is not None and scheme.exponent == "ceil",
-            GROUP=0 if scheme is None or scheme.group_size == PER_TOKEN else scheme.group_size,
+            GROUP=input_group(scheme),
             SEGMENT=segment,
             IS_INTEGER=out.dtype == torch.int8,
             CHUNK=tile.chunk,
@@ -167,19 +174,20 @@ class FusedInput:
             BLOCK_K=tile.block_k,
             IS_WHOLE=tile.is_whole,
             num_warps=tile.num_warps,
+            **OPTIONS,
         )  # fmt: skip
 
     def _tile(self, num_tokens: int) -> _Tile:
         """Whole tokens where there are few, where nothing is shared between them, or where blocks are too wide."""
-        whole = max(CODE_MULTIPLE, triton.next_power_of_2(self.in_features))
+        whole = max(CODE_MULTIPLE, _power_of_two_from(self.in_features))
         has_down = self.lora_down is not None
         block_m, block_k = _MANY_TOKENS_TILE
         is_wide = can_rotate(self.rotation_block) and self.rotation_block > block_k
-        if whole <= _MAX_WHOLE and (num_tokens <= _FEW_TOKENS or not has_down or is_wide):
-            chunk = min(_FEW_COMPONENTS, triton.next_power_of_2(self.rank)) if has_down else 0
+        if whole <= _MAX_WHOLE and (num_tokens <= FEW_TOKENS or not has_down or is_wide):
+            chunk = min(_FEW_COMPONENTS, _power_of_two_from(self.rank)) if has_down else 0
             return _Tile(1, whole, chunk, True, min(16, max(4, whole // 512)))
-        group = self.activations.group_size if self.activations is not None else 0
-        chunk = min(_MAX_COMPONENTS, max(16, triton.next_power_of_2(self.rank))) if has_down else 0
+        group = input_group(self.activations)
+        chunk = min(_MAX_COMPONENTS, max(16, _power_of_two_from(self.rank))) if has_down else 0
         return _Tile(block_m, max(block_k, group), chunk, False, 4)
 
     def _transform(self) -> InputTransform:
@@ -196,16 +204,6 @@ class FusedInput:
         return x, reduced if self.rank else None
 
 
-def why_not(activations: ActivationScheme) -> str | None:
-    """Why the kernel cannot round inputs to this grid; None: it can."""
-    if activations.format == "mxfp4":
-        return "rounds activations in uniform steps (int, mxint), not as mxfp4"
-    group = activations.group_size
-    if group != PER_TOKEN and group & (group - 1):
-        return f"activations must share a scale in groups of a power of two, not {group}"
-    return None
-
-
-def has_offset(activations: ActivationScheme) -> bool:
-    """The steps of the grid may be beyond a signed byte: codes are moved by an offset."""
-    return activations.format == "int" and not activations.is_symmetric and activations.num_bits == 8
+def _power_of_two_from(number: int) -> int:
+    """The smallest power of two that is not below ``number``."""
+    return 1 << (number - 1).bit_length()

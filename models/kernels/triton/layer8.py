@@ -1,27 +1,23 @@
 """One layer with quantized inputs on its device: the tensors, and one call of two launches, or three for few rows."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
 import torch
-import triton
 from torch import Tensor
 
 from ...quant import grid
 from ...quant.grid import dense_factors
-from ...scheme import PER_TOKEN, ActivationScheme, QuantScheme
 from ...types import LinearWeights, QuantizedWeight, RowRanks
 from .environment import architecture, num_processors
-from .inputs import FusedInput, IntegerInput, has_offset, why_not
-from .launch16 import GROUP_M, kernel_group, rank_block
+from .inputs import FusedInput, IntegerInput
+from .integer import has_offset, input_group
+from .launch16 import GROUP_M, OPTIONS, cdiv, kernel_group, rank_block
 from .linear8 import add_parts_kernel, linear8_kernel
-from .pack import PackedWeight, pack_weights
+from .pack import PackedWeight, pack_weights, storage_bits
 from .tiles import Tile, choose_tile, num_parts, tiles_of
 
 KERNEL = "linear8"
-MAX_IN_FEATURES = 1 << 16
-"""Codes of +-128 times weights of +-255 steps: sums of more channels could leave int32."""
 _SHORTEST_BLOCK = 32
 _ADDED_AT_ONCE = 1024
 _WEIGHTS_AT_ONCE = 1 << 24
@@ -48,14 +44,14 @@ class TritonLinear8:
 
     @classmethod
     def of(cls, weights: LinearWeights, device: torch.device, dtype: torch.dtype) -> Self:
-        """Repack ``weights``, for which ``reason_against`` has nothing to say, on ``device``."""
+        """Repack ``weights``, for which there is no ``integer_obstacle``, on ``device``."""
         scheme, correction = weights.activations, weights.correction
-        assert scheme is not None
+        has_columns = scheme is not None and has_offset(scheme)
         lora_up = None if correction is None or not correction.rank else dense_factors(correction)[0].T
         return cls(
             weight=pack_weights(weights, device),
             input=FusedInput.of(weights, device, dtype),
-            column_sums=_column_sums(weights.quantized, scheme, device) if has_offset(scheme) else None,
+            column_sums=_column_sums(weights.quantized, input_group(scheme), device) if has_columns else None,
             lora_up=None if lora_up is None else lora_up.to(device, dtype).contiguous(),
             bias=None if weights.bias is None else weights.bias.to(device, dtype).contiguous(),
             tiles=tiles_of(KERNEL, architecture(device), weights.quantized.scheme.num_bits),
@@ -88,16 +84,16 @@ class TritonLinear8:
         tile = choose_tile(self.tiles, len(x))
         block_k, segment = step_lengths(tile.block_k, kernel_group(self.weight), self._input_group)
         rows = self.input.quantize_input(x, segment if self.weight.zero is not None else 0)
-        num_tiles = triton.cdiv(len(x), tile.block_m) * triton.cdiv(self.weight.out_features, tile.block_n)
-        num_blocks = triton.cdiv(self.weight.in_features, block_k)
+        num_tiles = cdiv(len(x), tile.block_m) * cdiv(self.weight.out_features, tile.block_n)
+        num_blocks = cdiv(self.weight.in_features, block_k)
         parts = num_parts(tile, num_tiles, num_blocks, self.num_processors)
         if parts == 1:
             self._multiply(rows, row_ranks, output, tile, num_tiles, 1)
             return output
         sums = output.new_empty(parts, *output.shape, dtype=torch.float32)
         self._multiply(rows, row_ranks, sums, tile, num_tiles, parts)
-        add_parts_kernel[(triton.cdiv(output.numel(), _ADDED_AT_ONCE),)](
-            sums, output, output.numel(), NUM_PARTS=parts, BLOCK=_ADDED_AT_ONCE, num_warps=4
+        add_parts_kernel[(cdiv(output.numel(), _ADDED_AT_ONCE),)](
+            sums, output, output.numel(), NUM_PARTS=parts, BLOCK=_ADDED_AT_ONCE, num_warps=4, **OPTIONS
         )
         return output
 
@@ -115,27 +111,12 @@ class TritonLinear8:
             **constants(weight.num_bits, kernel_group(weight), self._input_group, self.input.rank, tile),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            **OPTIONS,
         )  # fmt: skip
 
     @property
     def _input_group(self) -> int:
-        scheme = self.input.activations
-        return 0 if scheme is None or scheme.group_size == PER_TOKEN else scheme.group_size
-
-
-def reason_against(scheme: QuantScheme, activations: ActivationScheme, in_features: int) -> str | None:
-    """Why the INT8 kernels do not take such a layer, written for the user; None: they do."""
-    return next(_obstacles(scheme, activations, in_features), None)
-
-
-def _obstacles(scheme: QuantScheme, activations: ActivationScheme, in_features: int) -> Iterator[str]:
-    if scheme.format not in {"int", "mxint"}:
-        yield f"the INT8 kernels take weights in uniform steps (int, mxint), not {scheme.format}"
-    reason = why_not(activations)
-    if reason is not None:
-        yield f"the INT8 kernels: {reason}"
-    if in_features > MAX_IN_FEATURES:
-        yield f"the INT8 kernels sum up to {MAX_IN_FEATURES} channels in 32 bits, not {in_features}"
+        return input_group(self.input.activations)
 
 
 def step_lengths(block_k: int, group: int, input_group: int) -> tuple[int, int]:
@@ -152,7 +133,7 @@ def constants(num_bits: int, group: int, input_group: int, rank: int, tile: Tile
     block_k, segment = step_lengths(tile.block_k, group, input_group)
     return {
         "NUM_BITS": num_bits,
-        "STORAGE_BITS": 2 if num_bits <= 3 else 4 if num_bits == 4 else 8,
+        "STORAGE_BITS": storage_bits(num_bits),
         "GROUP_SIZE": group,
         "INPUT_GROUP": input_group,
         "SEGMENT": segment,
@@ -165,9 +146,9 @@ def constants(num_bits: int, group: int, input_group: int, rank: int, tile: Tile
     }
 
 
-def _column_sums(quantized: QuantizedWeight, scheme: ActivationScheme, device: torch.device) -> Tensor:
+def _column_sums(quantized: QuantizedWeight, group: int, device: torch.device) -> Tensor:
     """Sums of the weights that share an input scale, (input groups, out_features); some rows at a time."""
-    group = quantized.in_features if scheme.group_size == PER_TOKEN else scheme.group_size
+    group = group or quantized.in_features
     step = max(1, _WEIGHTS_AT_ONCE // quantized.in_features)
     sums = []
     for start in range(0, quantized.out_features, step):

@@ -20,7 +20,7 @@ one scale per output channel, which is applied to the sum.
 import triton
 import triton.language as tl
 
-from .parts import dot16, keep_components, load_grid, load_inputs, load_weights, low_rank
+from .parts import dot16, keep_components, load_grid, load_inputs, load_weights, low_rank, tile_of
 
 
 @triton.jit
@@ -185,7 +185,9 @@ def prepare_kernel(
     components = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     first = part * blocks_per_part
-    for block in tl.range(first, tl.minimum(first + blocks_per_part, tl.cdiv(in_features, BLOCK_K)), num_stages=NUM_STAGES):
+    for block in tl.range(
+        first, tl.minimum(first + blocks_per_part, tl.cdiv(in_features, BLOCK_K)), num_stages=NUM_STAGES
+    ):
         channels = block * BLOCK_K + tl.arange(0, BLOCK_K)
         inputs = load_inputs(x, input_scale, channel_order, rows, channels, num_rows, in_features)
         if prepared is not None:
@@ -214,7 +216,9 @@ def tiled_kernel(
     reduced_parts: as ``prepare_kernel`` leaves them; None: the low-rank term reads x itself (SERQ)
     Grid: all tiles in one dimension; GROUP_M tiles of rows take turns at a tile of columns while it is in the cache.
     """
-    row_tile, column_tile = _tile_of(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP_M)
+    row_tile, column_tile = tile_of(
+        tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP_M
+    )
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     total = _product(
@@ -239,12 +243,3 @@ def tiled_kernel(
             reduced = keep_components(reduced, row_ranks, rows, components, num_rows)
             total = low_rank(total, reduced, lora_up, components, columns, rank, out_features, BLOCK_M)
     _finish(total, bias, output, rows, columns, num_rows, out_features)
-
-
-@triton.jit
-def _tile_of(program, num_row_tiles, num_column_tiles, GROUP_M: tl.constexpr):
-    """(tile of rows, tile of columns) of a program, in bands of GROUP_M tiles of rows."""
-    band = program // (GROUP_M * num_column_tiles)
-    height = tl.minimum(num_row_tiles - band * GROUP_M, GROUP_M)
-    place = program % (GROUP_M * num_column_tiles)
-    return band * GROUP_M + place % height, place // height

@@ -128,3 +128,12 @@ def keep_components(reduced, row_ranks, rows, components, num_rows):
         limits = tl.load(row_ranks + rows, mask=rows < num_rows, other=0)
         reduced = tl.where(components[None, :] < limits[:, None], reduced, 0.0)
     return reduced
+
+
+@triton.jit
+def tile_of(program, num_row_tiles, num_column_tiles, GROUP_M: tl.constexpr):
+    """(tile of rows, tile of columns) of a program, in bands of GROUP_M tiles of rows."""
+    band = program // (GROUP_M * num_column_tiles)
+    height = tl.minimum(num_row_tiles - band * GROUP_M, GROUP_M)
+    place = program % (GROUP_M * num_column_tiles)
+    return band * GROUP_M + place % height, place // height
