@@ -14,14 +14,15 @@ RANK = 32
 ACTIVATIONS = (ActivationScheme(8), ActivationScheme(8, 128))
 
 
-def variants(dtype: str = "bf16") -> Iterator[Variant]:
+def variants(arch: int, dtype: str = "bf16") -> Iterator[Variant]:
     """Every row of the table with codes of its width, asymmetric in groups of 64, and inputs per token and in groups.
 
     Args:
+        arch: compute capability as one number.
         dtype: of outputs, ``bf16`` or ``fp16``.
     """
     for tile in TILES:
-        if tile.kernel == KERNEL:
+        if tile.kernel == KERNEL and tile.arch == arch:
             for activations in ACTIVATIONS:
                 yield variant_of(tile, QuantScheme(tile.num_bits, 64), activations, dtype)
 
