@@ -53,6 +53,11 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA ``device``; of the interpreter's CPU 4, so that small layers are divided as well."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def _cuda_obstacle(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no CUDA device"
