@@ -200,7 +200,8 @@ class DecodeGraphs:
 
     def _fill_up(self, row: int) -> None:
         scratch = self.cache.num_blocks
-        self._write_table(row, [scratch], 0)
+        self._tables[row, 0] = scratch
+        self._held[row] = []
         self._numbers[:, row] = (0, 0, scratch * self.cache.block_size, ALL_COMPONENTS, 1)
 
     def _set_table(self, row: int, table: list[int]) -> None:
@@ -210,8 +211,6 @@ class DecodeGraphs:
             return
         if min(table) < 0 or max(table) >= self.cache.num_blocks:
             raise ValueError(f"the cache has {self.cache.num_blocks} blocks, a table is {table}")
-        self._write_table(row, table, len(held) if table[: len(held)] == held else 0)
-
-    def _write_table(self, row: int, table: list[int], start: int) -> None:
+        start = len(held) if table[: len(held)] == held else 0
         self._tables[row, start : len(table)] = table[start:]
         self._held[row] = table

@@ -1,7 +1,7 @@
-"""A graph device on the CPU with the rules of CUDA graphs: what ran once is run again, on the same memory, without Python.
+"""A graph device on the CPU with the rules of CUDA graphs: what ran is run again, on the same memory, without Python.
 
-Every operator is noted with the very tensors it took and gave. A replay calls them again in order and puts results where
-they were the first time, so that whatever was decided on the host while recording stays as it was decided.
+Every operator is noted with the very tensors it took and gave. A replay calls them again in order and puts results
+where they were the first time, so that whatever was decided on the host while recording stays as it was decided.
 """
 
 from collections.abc import Callable

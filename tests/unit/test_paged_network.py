@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.errors import QerveError
 from models.kernels.paged import MAX_FEW_ROWS, TorchPagedAttention
 from models.kernels.triton.environment import TritonEnvironment
 from models.llama.attention_choice import AttentionChoice, choose_attention
@@ -43,13 +42,12 @@ def flash_attn_varlen_func(
     outputs = []
     for query, key, value in zip(queries, keys, values, strict=True):
         group = query.shape[1] // key.shape[1]
-        key, value = (rows.repeat_interleave(group, 1).transpose(0, 1) for rows in (key, value))
-        place = torch.arange(len(query))[:, None] + key.shape[1] - len(query)
-        distance = place - torch.arange(key.shape[1])
+        each = [rows.repeat_interleave(group, 1).transpose(0, 1) for rows in (key, value)]
+        place = torch.arange(len(query))[:, None] + len(key) - len(query)
+        distance = place - torch.arange(len(key))
         mask = (distance >= 0) & ((distance <= window_size[0]) | torch.tensor(window_size[0] < 0))
-        outputs.append(
-            F.scaled_dot_product_attention(query.transpose(0, 1), key, value, attn_mask=mask).transpose(0, 1)
-        )
+        attended = F.scaled_dot_product_attention(query.transpose(0, 1), *each, attn_mask=mask)
+        outputs.append(attended.transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -70,7 +68,7 @@ def texts(*lengths: int) -> list[list[int]]:
     return [torch.randint(101, (length,), generator=generator).tolist() for length in lengths]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data(), st.sampled_from(VARIANTS), st.sampled_from(sorted(PREFILLS)))
 def test_any_schedule_of_prompts_drafts_and_decodes_equals_the_whole_sequences(
     data: st.DataObject, variant: str, prefill: str
@@ -169,4 +167,3 @@ def test_where_triton_runs_it_decodes() -> None:
     choice = choose_attention(CONFIG, torch.device("cpu"), torch.float32, TritonEnvironment("3", True))
     assert choice.decode.name == "triton"
     assert choice.passed_over.keys() == {"flash-attn"}
-    assert not isinstance(choice, QerveError)
