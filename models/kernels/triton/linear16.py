@@ -185,9 +185,7 @@ def prepare_kernel(
     components = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     first = part * blocks_per_part
-    for block in tl.range(
-        first, tl.minimum(first + blocks_per_part, tl.cdiv(in_features, BLOCK_K)), num_stages=NUM_STAGES
-    ):
+    for block in tl.range(first, tl.minimum(first + blocks_per_part, tl.cdiv(in_features, BLOCK_K)), num_stages=NUM_STAGES):
         channels = block * BLOCK_K + tl.arange(0, BLOCK_K)
         inputs = load_inputs(x, input_scale, channel_order, rows, channels, num_rows, in_features)
         if prepared is not None:
@@ -216,9 +214,7 @@ def tiled_kernel(
     reduced_parts: as ``prepare_kernel`` leaves them; None: the low-rank term reads x itself (SERQ)
     Grid: all tiles in one dimension; GROUP_M tiles of rows take turns at a tile of columns while it is in the cache.
     """
-    row_tile, column_tile = _tile_of(
-        tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP_M
-    )
+    row_tile, column_tile = _tile_of(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP_M)
     rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     total = _product(
