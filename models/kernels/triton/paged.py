@@ -12,6 +12,8 @@ from .attention import add_splits, attend_split
 MIN_SPLIT_TOKENS = 128
 """A split reads so many tokens at least: shorter ones would spend their time on the second pass."""
 MAX_SPLITS = 32
+SPLITS_AT_ONCE = 8
+"""That the second pass loads together."""
 _LOG2_E = 1.4426950408889634
 _LARGEST_TILE = 64 * 128
 
@@ -81,7 +83,7 @@ class TritonPagedAttention:
         )  # fmt: skip
         if self.num_splits > 1:
             add_splits[rows.num_sequences, num_heads, rows.max_rows](
-                partial, weights, *lengths, output, **shape, **cut, TILE_SPLITS=min(8, self.num_splits), num_warps=4
+                partial, weights, *lengths, output, **shape, **cut, TILE_SPLITS=min(SPLITS_AT_ONCE, self.num_splits)
             )
 
 
