@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from ...errors import KernelError
 from . import variants16
 from .environment import TritonEnvironment
+from .launch16 import OPTIONS
 from .tiles import SHARED_MEMORY
 from .variant import Variant
 
@@ -47,20 +48,20 @@ class Resources:
         return f"spills {self.spill_bytes} bytes" if self.spill_bytes else None
 
 
-def all_variants() -> Iterator[Variant]:
-    """Those of every module with kernels."""
-    yield from variants16.variants()
+def all_variants(arch: int) -> Iterator[Variant]:
+    """Those of every module with kernels, for compute capability ``arch``."""
+    yield from variants16.variants(arch)
 
 
 def compile_variant(variant: Variant) -> Resources:
-    """Compile for the architecture of the variant's tile.
+    """Compile for the variant's architecture.
 
     Raises:
         KernelError: the kernels are being interpreted, or the assembler refuses the kernel.
     """
     if TritonEnvironment.read().is_interpreting:
         raise KernelError("kernels cannot be compiled while TRITON_INTERPRET=1: start a process without it")
-    tile, names = variant.tile, list(variant.kernel.arg_names)
+    names = list(variant.kernel.arg_names)
     source = ASTSource(
         variant.kernel,
         signature={name: variant.types.get(name, "constexpr") for name in names},
@@ -71,9 +72,9 @@ def compile_variant(variant: Variant) -> Resources:
             if name in variant.types and name not in variant.unaligned
         },
     )
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", tile.arch, 32), options=options)
-    registers, spills = _assembled(compiled.asm["ptx"], tile.arch)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, **OPTIONS}
+    compiled = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=options)
+    registers, spills = _assembled(compiled.asm["ptx"], variant.arch)
     return Resources(registers, spills, compiled.metadata.shared)
 
 

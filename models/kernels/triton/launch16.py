@@ -4,8 +4,10 @@ A launch allocates from torch's cache only, asks the device nothing and copies n
 into a CUDA graph.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import gcd
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -19,6 +21,10 @@ GROUP_M = 8
 MAX_DOWN_PARTS = 4
 """Parts of the down-projection that ``tiled_kernel`` adds up: each is read again by every column of tiles."""
 REDUCE_ROWS = 16
+SMALL_WARPS, SMALL_STAGES = 4, 3
+"""Of ``reduce_kernel`` and ``prepare_kernel``, which the table of tiles does not name."""
+OPTIONS: Mapping[str, bool] = MappingProxyType({"enable_fp_fusion": True})
+"""Triton warns that its default will change."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,7 +118,7 @@ def reduce_constants(tile: Tile, parts: int, rank: int) -> dict[str, int]:
 
 def prepare_constants(rank: int) -> dict[str, int]:
     """What ``prepare_kernel`` is compiled for."""
-    return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": rank_block(rank), "NUM_STAGES": 3}
+    return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": rank_block(rank), "NUM_STAGES": SMALL_STAGES}
 
 
 def cdiv(length: int, block: int) -> int:
@@ -124,8 +130,9 @@ def _constants(arguments: LinearArguments, tile: Tile) -> dict[str, int]:
     weight = arguments.weight
     group = kernel_group(weight)
     block_k = fitting_block(tile.block_k, group)
-    constants = format_constants(weight.num_bits, weight.storage_bits, group, block_k)
-    return constants | block_constants(tile, arguments.rank)
+    return format_constants(weight.num_bits, weight.storage_bits, group, block_k) | block_constants(
+        tile, arguments.rank
+    )
 
 
 def _codes(weight: PackedWeight) -> tuple[Tensor | None, ...]:
@@ -141,13 +148,13 @@ def _launch_split(arguments: LinearArguments, tile: Tile, parts: int) -> None:
     inputs = (x, arguments.input_scale, arguments.channel_order)
     linear16.split_kernel[num_tiles, cdiv(num_rows, tile.block_m), parts](
         *inputs, *_codes(weight), arguments.lora_down, sums, num_rows, weight.in_features, width, rank,
-        **constants, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **constants, num_warps=tile.num_warps, num_stages=tile.num_stages, **OPTIONS,
     )  # fmt: skip
     constants = reduce_constants(tile, parts, arguments.rank)
     linear16.reduce_kernel[cdiv(width, constants["BLOCK_N"]), cdiv(num_rows, constants["BLOCK_M"])](
         sums, *inputs, weight.scale, arguments.bias, arguments.lora_up, arguments.row_ranks, arguments.output,
         num_rows, weight.in_features, width, rank, arguments.rank,
-        GROUP_SIZE=kernel_group(weight), **constants, num_warps=4,
+        GROUP_SIZE=kernel_group(weight), **constants, num_warps=SMALL_WARPS, num_stages=SMALL_STAGES, **OPTIONS,
     )  # fmt: skip
 
 
@@ -157,9 +164,9 @@ def _launch_tiled(arguments: LinearArguments, tile: Tile, num_processors: int) -
     num_tiles = cdiv(num_rows, tile.block_m) * cdiv(weight.out_features, tile.block_n)
     linear16.tiled_kernel[(num_tiles,)](
         x, *_codes(weight), arguments.bias, reduced, arguments.lora_up, arguments.row_ranks, arguments.output,
-        num_rows, weight.in_features, weight.out_features, arguments.rank,
-        **_constants(arguments, tile), SPLIT=parts, GROUP_M=GROUP_M,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_rows, weight.in_features, weight.out_features, arguments.rank, parts,
+        **_constants(arguments, tile), GROUP_M=GROUP_M,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **OPTIONS,
     )  # fmt: skip
 
 
@@ -179,6 +186,6 @@ def _prepared(arguments: LinearArguments, num_processors: int) -> tuple[Tensor, 
     reduced = None if down is None else x.new_empty(parts, num_rows, rank, dtype=torch.float32)
     linear16.prepare_kernel[row_tiles, parts, max(1, cdiv(rank, constants["BLOCK_R"]))](
         x, scale, order, down, prepared, reduced, num_rows, in_features, rank,
-        **constants, num_warps=4, num_stages=constants["NUM_STAGES"],
+        **constants, num_warps=SMALL_WARPS, num_stages=SMALL_STAGES, **OPTIONS,
     )  # fmt: skip
     return x if prepared is None else prepared, reduced, parts

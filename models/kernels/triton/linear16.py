@@ -89,7 +89,7 @@ def _finish(total, bias, output, rows, columns, num_rows, out_features):
     """Write ``total`` with its bias."""
     if bias is not None:
         total += tl.load(bias + columns, mask=columns < out_features, other=0.0).to(tl.float32)[None, :]
-    places = rows.to(tl.int64)[:, None] * out_features + columns[None, :]
+    places = rows[:, None] * out_features + columns[None, :]
     inside = (rows < num_rows)[:, None] & (columns < out_features)[None, :]
     tl.store(output + places, total.to(output.dtype.element_ty), mask=inside)
 
@@ -107,12 +107,15 @@ def split_kernel(
     Grid: tiles of ``lora_down`` then of the weight, tiles of rows, parts. ``rank`` is 0 without a ``lora_down``.
     """
     tile, part = tl.program_id(0), tl.program_id(2)
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(1) * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
     blocks_per_part = tl.cdiv(tl.cdiv(in_features, BLOCK_K), tl.num_programs(2))
     first = part * blocks_per_part
     last = tl.minimum(first + blocks_per_part, tl.cdiv(in_features, BLOCK_K))
     width = out_features + rank
-    lines = part.to(tl.int64) * num_rows + rows
+    parts += (part.to(tl.int64) * num_rows + first_row) * width
+    x += first_row.to(tl.int64) * in_features
+    num_rows -= first_row
     num_down_tiles = 0
     if lora_down is not None:
         num_down_tiles = tl.cdiv(rank, BLOCK_R)
@@ -123,7 +126,7 @@ def split_kernel(
                 BLOCK_M, BLOCK_R, BLOCK_K, NUM_STAGES,
             )  # fmt: skip
             inside = (rows < num_rows)[:, None] & (components < rank)[None, :]
-            tl.store(parts + lines[:, None] * width + out_features + components[None, :], reduced, mask=inside)
+            tl.store(parts + rows[:, None] * width + out_features + components[None, :], reduced, mask=inside)
     if tile >= num_down_tiles:
         columns = (tile - num_down_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         total = _product(
@@ -132,7 +135,7 @@ def split_kernel(
             NUM_BITS, STORAGE_BITS, GROUP_SIZE, BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES,
         )  # fmt: skip
         inside = (rows < num_rows)[:, None] & (columns < out_features)[None, :]
-        tl.store(parts + lines[:, None] * width + columns[None, :], total, mask=inside)
+        tl.store(parts + rows[:, None] * width + columns[None, :], total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -147,10 +150,15 @@ def reduce_kernel(
     Grid: tiles of output channels, tiles of rows.
     """
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row, rows = tl.program_id(1) * BLOCK_M, tl.arange(0, BLOCK_M)
     width = out_features + down_rank
-    numbers = tl.arange(0, SPLIT)[:, None, None].to(tl.int64)
-    lines = (numbers * num_rows + rows[None, :, None]) * width
+    lines = (tl.arange(0, SPLIT)[:, None, None] * num_rows + rows[None, :, None]) * width
+    parts += first_row.to(tl.int64) * width
+    x += first_row.to(tl.int64) * in_features
+    output += first_row.to(tl.int64) * out_features
+    if row_ranks is not None:
+        row_ranks += first_row
+    num_rows -= first_row
     is_row = (rows < num_rows)[None, :, None]
     total = tl.sum(tl.load(parts + lines + columns, mask=is_row & (columns < out_features), other=0.0), 0)
     if GROUP_SIZE == 0:
@@ -179,8 +187,14 @@ def prepare_kernel(
     reduced_parts: (parts, num_rows, rank) float32, to be added up; None: there is no ``lora_down``
     Grid: tiles of rows, parts, tiles of the rank (1 without a ``lora_down``).
     """
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row, rows = tl.program_id(0) * BLOCK_M, tl.arange(0, BLOCK_M)
     part = tl.program_id(1)
+    x += first_row.to(tl.int64) * in_features
+    if prepared is not None:
+        prepared += first_row.to(tl.int64) * in_features
+    if reduced_parts is not None:
+        reduced_parts += (part.to(tl.int64) * num_rows + first_row) * rank
+    num_rows -= first_row
     blocks_per_part = tl.cdiv(tl.cdiv(in_features, BLOCK_K), tl.num_programs(1))
     components = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
@@ -191,31 +205,39 @@ def prepare_kernel(
         if prepared is not None:
             if tl.program_id(2) == 0:
                 inside = (rows < num_rows)[:, None] & (channels < in_features)[None, :]
-                tl.store(prepared + rows.to(tl.int64)[:, None] * in_features + channels[None, :], inputs, mask=inside)
+                tl.store(prepared + rows[:, None] * in_features + channels[None, :], inputs, mask=inside)
         if lora_down is not None:
             inside = (channels < in_features)[:, None] & (components < rank)[None, :]
             down = tl.load(lora_down + components[None, :] * in_features + channels[:, None], mask=inside, other=0.0)
             total = dot16(inputs, down, total)
     if lora_down is not None:
-        places = (part.to(tl.int64) * num_rows + rows)[:, None] * rank + components[None, :]
+        places = rows[:, None] * rank + components[None, :]
         tl.store(reduced_parts + places, total, mask=(rows < num_rows)[:, None] & (components < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "num_parts"])
 def tiled_kernel(
     x, words, high_words, scale, zero, table, bias, reduced_parts, lora_up, row_ranks, output,
-    num_rows, in_features, out_features, rank,
-    NUM_BITS: tl.constexpr, STORAGE_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr, SPLIT: tl.constexpr,
+    num_rows, in_features, out_features, rank, num_parts,
+    NUM_BITS: tl.constexpr, STORAGE_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """The whole layer for inputs that are prepared.
 
-    reduced_parts: as ``prepare_kernel`` leaves them; None: the low-rank term reads x itself (SERQ)
+    reduced_parts: the ``num_parts`` that ``prepare_kernel`` leaves; None: the low-rank term reads x itself (SERQ)
     Grid: all tiles in one dimension; GROUP_M tiles of rows take turns at a tile of columns while it is in the cache.
     """
     row_tile, column_tile = _tile_of(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP_M)
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row, rows = row_tile * BLOCK_M, tl.arange(0, BLOCK_M)
+    x += first_row.to(tl.int64) * in_features
+    output += first_row.to(tl.int64) * out_features
+    part_length = num_rows * rank
+    if reduced_parts is not None:
+        reduced_parts += first_row * rank
+    if row_ranks is not None:
+        row_ranks += first_row
+    num_rows -= first_row
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     total = _product(
         x, None, None, words, high_words, scale, zero, table,
@@ -229,13 +251,13 @@ def tiled_kernel(
             components = start + tl.arange(0, BLOCK_R)
             inside = (rows < num_rows)[:, None] & (components < rank)[None, :]
             if reduced_parts is None:
-                places = rows.to(tl.int64)[:, None] * in_features + components[None, :]
+                places = rows[:, None] * in_features + components[None, :]
                 reduced = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
             else:
                 reduced = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-                for part in tl.static_range(SPLIT):
-                    lines = (rows.to(tl.int64) + part * num_rows)[:, None] * rank
-                    reduced += tl.load(reduced_parts + lines + components[None, :], mask=inside, other=0.0)
+                places = rows[:, None] * rank + components[None, :]
+                for part in tl.range(0, num_parts, num_stages=1):
+                    reduced += tl.load(reduced_parts + part * part_length + places, mask=inside, other=0.0)
             reduced = keep_components(reduced, row_ranks, rows, components, num_rows)
             total = low_rank(total, reduced, lora_up, components, columns, rank, out_features, BLOCK_M)
     _finish(total, bias, output, rows, columns, num_rows, out_features)

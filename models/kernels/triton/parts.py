@@ -30,13 +30,14 @@ def dot16(left, right, total):
 def load_inputs(x, input_scale, channel_order, rows, channels, num_rows, in_features):
     """Tile (len(rows), len(channels)) of a layer's input, gathered and divided; zeros beyond its ends.
 
+    Rows count from where ``x`` points to: 32-bit places within a tile take half the registers of 64-bit ones.
     x: (num_rows, in_features); input_scale: (in_features,) float32 or None; channel_order: (in_features,) int32 or None
     """
     is_channel = channels < in_features
     source = channels
     if channel_order is not None:
         source = tl.load(channel_order + channels, mask=is_channel, other=0)
-    places = rows.to(tl.int64)[:, None] * in_features + source[None, :]
+    places = rows[:, None] * in_features + source[None, :]
     values = tl.load(x + places, mask=(rows < num_rows)[:, None] & is_channel[None, :], other=0.0)
     if input_scale is not None:
         divisor = tl.load(input_scale + source, mask=is_channel, other=1.0)

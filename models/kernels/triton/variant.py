@@ -13,7 +13,9 @@ class Variant:
 
     kernel:    the ``triton.jit`` function
     title:     what it computes, for a table: ``W4 group 64 asymmetric, rank 32``
-    tile:      row of the table of tiles; its architecture is what the variant is compiled for
+    arch:      compute capability as one number
+    tile:      row of the table of tiles that it belongs to; None: it is the same beside all of them
+    num_warps, num_stages: as it is launched
     types:     argument -> ``*bf16``, ``*i32``, ``i32``, ``fp32``; pointers and integers are taken to be multiples of 16,
         as those of all layers of LLaMA are
     constants: argument -> value; None for what a layer does not have
@@ -22,7 +24,10 @@ class Variant:
 
     kernel: Any
     title: str
-    tile: Tile
+    arch: int
+    tile: Tile | None
+    num_warps: int
+    num_stages: int
     types: Mapping[str, str]
     constants: Mapping[str, Any]
-    unaligned: frozenset[str] = frozenset({"num_rows"})
+    unaligned: frozenset[str] = frozenset({"num_rows", "num_parts"})

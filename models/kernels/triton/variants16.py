@@ -1,13 +1,15 @@
 """The binaries of ``linear16`` that are checked ahead of time: every tile, with the formats that cost most registers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ...scheme import QuantScheme
 from . import linear16
 from .launch16 import (
     GROUP_M,
-    MAX_DOWN_PARTS,
+    SMALL_STAGES,
+    SMALL_WARPS,
     block_constants,
     fitting_block,
     format_constants,
@@ -20,81 +22,69 @@ from .tiles import TILES, Tile
 from .variant import Variant
 
 RANK = 32
-_TABLE_FORMATS = frozenset({"mxfp4", "nf4"})
-_CODES = ("words", "high_words", "scale", "zero", "table")
+_TYPES: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("channel_order", "words", "high_words"), "*i32"),
+        **dict.fromkeys(("input_scale", "table", "parts", "reduced_parts"), "*fp32"),
+        **dict.fromkeys(("scale", "zero"), "*fp16"),
+        **dict.fromkeys(("num_rows", "in_features", "out_features", "down_rank", "rank", "num_parts"), "i32"),
+        "row_ranks": "*i64",
+    }
+)
+"""Types of the arguments that do not have the inputs' type."""
 
 
-def variants(dtype: str = "bf16") -> Iterator[Variant]:
-    """Every row of the table with codes of its width: asymmetric in groups of 64, and for 4 bits NF4 too.
+def variants(arch: int, dtype: str = "bf16") -> Iterator[Variant]:
+    """All binaries for ``arch``: codes of every width in asymmetric groups of 64, NF4 too, with a term of rank 32.
 
     Args:
+        arch: compute capability as one number.
         dtype: of inputs, ``bf16`` or ``fp16``.
     """
-    for tile in TILES:
-        if tile.kernel != KERNEL:
-            continue
-        schemes = [QuantScheme(tile.num_bits, 64)]
+    tiles = [tile for tile in TILES if (tile.kernel, tile.arch) == (KERNEL, arch)]
+    for tile in tiles:
+        yield from _of_format(tile, QuantScheme(tile.num_bits, 64), dtype)
         if tile.num_bits == 4:
-            schemes.append(QuantScheme(4, 64, format="nf4"))
-        for scheme in schemes:
-            yield from variants_of(tile, scheme, dtype)
+            yield from _of_format(tile, QuantScheme(4, 64, format="nf4"), dtype)
+    prepare = prepare_constants(RANK)
+    yield _small(linear16.prepare_kernel, f"prepare, rank {RANK}", arch, prepare, {"bias", "row_ranks"}, dtype)
+    few = {(min(tile.block_m, 2), tile.max_split): tile for tile in tiles if tile.max_split > 1}
+    for tile in few.values():
+        constants = reduce_constants(tile, tile.max_split, RANK) | {"GROUP_SIZE": 64}
+        title = f"reduce {tile.max_split} parts of {constants['BLOCK_M']} rows, rank {RANK}"
+        yield _small(linear16.reduce_kernel, title, arch, constants, {"input_scale", "channel_order"}, dtype)
 
 
-def variants_of(tile: Tile, scheme: QuantScheme, dtype: str) -> Iterator[Variant]:
-    """The kernels that run with ``tile``, for weights in ``scheme`` with a correction of rank 32."""
-    title = f"{scheme}, rank {RANK}"
-    is_split = tile.block_m == 1 or tile.max_split > 1
-    if is_split:
-        yield _variant(linear16.split_kernel, f"split: {title}", tile, scheme, dtype)
-        reduce = reduce_constants(tile, tile.max_split, RANK)
-        yield _variant(linear16.reduce_kernel, f"reduce: {title}", tile, scheme, dtype, reduce)
-    if tile.block_m > 1:
-        parts = {"SPLIT": MAX_DOWN_PARTS, "GROUP_M": GROUP_M}
-        yield _variant(linear16.tiled_kernel, f"tiled: {title}", tile, scheme, dtype, parts)
-        prepare = prepare_constants(RANK)
-        yield _variant(linear16.prepare_kernel, f"prepare: rank {RANK}", tile, scheme, dtype, prepare)
-
-
-def _variant(
-    kernel: Any, title: str, tile: Tile, scheme: QuantScheme, dtype: str, more: dict[str, int] | None = None
-) -> Variant:
-    group = max(scheme.group_size, 0)
-    constants: dict[str, Any] = format_constants(
-        scheme.num_bits, storage_bits(scheme.num_bits), group, fitting_block(tile.block_k, group)
-    )
-    constants |= block_constants(tile, RANK) | (more or {})
+def _of_format(tile: Tile, scheme: QuantScheme, dtype: str) -> Iterator[Variant]:
+    """The kernels that multiply codes of ``scheme`` in ``tile``."""
+    constants = format_constants(
+        scheme.num_bits, storage_bits(scheme.num_bits), scheme.group_size, fitting_block(tile.block_k, scheme.group_size)
+    ) | block_constants(tile, RANK)
     missing = {"row_ranks", "bias", "channel_order", "input_scale"}
+    missing |= {"zero"} if scheme.is_symmetric else {"table"}
     missing |= set() if scheme.num_bits == 3 else {"high_words"}
-    missing |= {"zero"} if scheme.is_symmetric else set()
-    missing |= set() if scheme.format in _TABLE_FORMATS else {"table"}
-    if kernel is linear16.prepare_kernel:
-        missing = {"row_ranks", "bias"}
-    names = [name for name in kernel.arg_names if name not in constants]
-    return Variant(
-        kernel=kernel,
-        title=title,
-        tile=tile,
-        types={name: _TYPES.get(name, f"*{dtype}") for name in names if name not in missing},
-        constants={name: value for name, value in constants.items() if name in kernel.arg_names}
-        | {name: None for name in names if name in missing},
-    )
+    chosen = [(linear16.split_kernel, "split", constants)] if tile.max_split > 1 else []
+    if tile.block_m > 1:
+        chosen.append((linear16.tiled_kernel, "tiled", constants | {"GROUP_M": GROUP_M}))
+    for kernel, name, values in chosen:
+        yield Variant(
+            kernel, f"{name}, {scheme}, rank {RANK}", tile.arch, tile, tile.num_warps, tile.num_stages,
+            _types(kernel, values, missing, dtype), values | dict.fromkeys(_arguments(kernel, values) & missing),
+        )  # fmt: skip
 
 
-_TYPES = {
-    "input_scale": "*fp32",
-    "channel_order": "*i32",
-    "words": "*i32",
-    "high_words": "*i32",
-    "scale": "*fp16",
-    "zero": "*fp16",
-    "table": "*fp32",
-    "parts": "*fp32",
-    "reduced_parts": "*fp32",
-    "row_ranks": "*i64",
-    "num_rows": "i32",
-    "in_features": "i32",
-    "out_features": "i32",
-    "down_rank": "i32",
-    "rank": "i32",
-}
-"""Types of arguments that do not have the inputs' type."""
+def _small(
+    kernel: Any, title: str, arch: int, constants: Mapping[str, int], missing: set[str], dtype: str
+) -> Variant:  # fmt: skip
+    values = {**constants, **dict.fromkeys(_arguments(kernel, constants) & missing)}
+    types = _types(kernel, constants, missing, dtype)
+    return Variant(kernel, title, arch, None, SMALL_WARPS, SMALL_STAGES, types, values)
+
+
+def _arguments(kernel: Any, constants: Mapping[str, int]) -> set[str]:
+    return set(kernel.arg_names) - set(constants)
+
+
+def _types(kernel: Any, constants: Mapping[str, int], missing: set[str], dtype: str) -> dict[str, str]:
+    given = _arguments(kernel, constants) - missing
+    return {name: _TYPES.get(name, f"*{dtype}") for name in kernel.arg_names if name in given}
