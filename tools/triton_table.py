@@ -1,7 +1,7 @@
 """Compile every Triton kernel for every tile ahead of time and write ``docs/gpu-kernels.md``; needs no GPU.
 
-    python -m tools.triton_table             # sm_80, sm_90, sm_100; some minutes
-    python -m tools.triton_table --arch 90 --output table.md
+python -m tools.triton_table             # sm_80, sm_90, sm_100; some minutes
+python -m tools.triton_table --arch 90 --output table.md
 """
 
 import argparse

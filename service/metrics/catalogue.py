@@ -138,6 +138,7 @@ HTTP = (
 CACHE = (
     _gauge("kv_cache_usage_perc", "Share of the key-value cache that requests hold, 0 to 1"),
     _gauge("kv_cache_bytes", "Key-value cache, by kind: capacity, used, cached, reserved", "kind"),
+    _gauge("device_memory_plan_bytes", "What the GPU's memory is given to, by kind, all that may be taken", "kind"),
     _gauge(
         "cache_config_info", "How the key-value cache is set up, in labels; always 1",
         "block_size", "num_gpu_blocks", "cache_dtype", "enable_prefix_caching",

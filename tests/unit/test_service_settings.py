@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from models.errors import QerveError
+from models.sizes import parse_size
 from service.configuration import describe, read_settings
-from service.settings import Settings, parse_size
+from service.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
