@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .build import BuildReport
 
 MIB = 2**20
+GIB = 1 << 30
 WIDE = 120
 """Columns of a table that goes to a file or a pipe."""
 
