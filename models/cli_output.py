@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .build.host_memory import HostMemory
 
 MIB = 2**20
+GIB = 1 << 30
 WIDE = 120
 """Columns of a table that goes to a file or a pipe."""
 

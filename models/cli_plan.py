@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .cli_card import Card, is_artifact, print_serving, serving_rows
 from .cli_options import with_build_options
-from .cli_output import MIB, WIDE, RichObserver, print_json
+from .cli_output import GIB, MIB, WIDE, RichObserver, print_json
 from .config import BuildConfig
 
 if TYPE_CHECKING:
@@ -113,6 +113,10 @@ def _summary(settings: BuildConfig, result: "Plan") -> dict[str, str]:
     rows["memory to build"] = f"at most about {_mib(result.build_memory_bytes)}"
     if result.training_memory_bytes is not None:
         rows["memory to train"] = f"at most about {_mib(result.training_memory_bytes)} on the device"
+    phases = sorted(result.gpu_memory_bytes.items(), key=lambda phase: -phase[1])
+    if phases:
+        rows["memory of a GPU to build on"] = f"at most about {_gib(phases[0][1])}, and what its libraries take"
+        rows |= {f"  {name}": _gib(size) for name, size in phases}
     rows["planned in"] = f"{result.seconds:.1f} s"
     return rows
 
@@ -143,3 +147,7 @@ def _has_losses(result: "Plan") -> bool:
 
 def _mib(num_bytes: float) -> str:
     return f"{num_bytes / MIB:.1f} MiB"
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:.2f} GiB"

@@ -1,7 +1,7 @@
 """Tensors with their shapes and invariants: what quantizers, reconstructors, the artifact and kernels exchange."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from typing import TypeAlias
 
@@ -195,6 +195,13 @@ class InputStatistics:
     output_gradient: Tensor | None = None
     input_energy: Tensor | None = None
     flattening: Tensor | None = None
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "InputStatistics":
+        """The same statistics, each tensor as ``change`` makes it: elsewhere, or in another type."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(
+            self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        )
 
 
 QuantizeFn: TypeAlias = Callable[[Tensor], QuantizedWeight]

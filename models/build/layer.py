@@ -24,6 +24,7 @@ from ..types import InputStatistics, LinearWeights
 from .gradients import with_gradients
 from .linear import LinearBuilder
 from .recipe import LayerRecipe, collected_statistics, input_transforms, training_method
+from .resting import Moved, resting
 from .stream import CalibrationStreams, HiddenStream
 from .training import BuiltLayer, product_dtype, train_layers
 from .weights import LayerWeights, StreamedLinear, linear_module, write_layer
@@ -110,23 +111,36 @@ class LayerBuilder:
         target: HiddenStream | None,
     ) -> BuiltLayer:
         """``dense`` quantized; ``streamed`` is what the calibration set runs through."""
-        prefix = f"model.layers.{index}"
         modules = _linears(index, streamed)
         is_sequential = self._config.calibration.inputs == "sequential"
         built = BuiltLayer(index)
-        for statistics in self._statistics(index, streamed, modules, inputs, target):
-            for owner, children in INPUT_OWNERS.items():
-                builder = LinearBuilder(self._config)
-                for child in children if children[0] in statistics else ():
-                    path = f"{prefix}.{child}"
-                    known = self._with_known(path, f"{prefix}.{owner}", statistics[child])
-                    linear, errors = self._build_linear(path, dense.get_submodule(child), known, builder)
-                    built.weights[path], built.errors[path] = linear.weights, errors
-                    if self._trained is not None:
-                        built.sources[path] = linear
-                    if is_sequential:
-                        modules[path] = self._module(path, linear.weights)
+        for statistics in map(resting, self._statistics(index, streamed, modules, inputs, target)):
+            for owner in INPUT_OWNERS:
+                if owner not in statistics:
+                    continue
+                paths = self._quantize_readers(built, owner, dense, statistics)
+                if is_sequential:
+                    modules |= {path: self._module(path, built.weights[path]) for path in paths}
         return built
+
+    def _quantize_readers(
+        self, built: BuiltLayer, owner: str, dense: DecoderLayer, statistics: Mapping[str, InputStatistics]
+    ) -> list[str]:
+        """Add the layers that read the input of ``owner`` to ``built``; no other statistics are on the device.
+
+        Returns:
+            Their module paths.
+        """
+        prefix = f"model.layers.{built.index}"
+        builder, moved = LinearBuilder(self._config), Moved(self._dense.device)
+        paths = {child: f"{prefix}.{child}" for child in INPUT_OWNERS[owner]}
+        for child, path in paths.items():
+            known = self._with_known(path, f"{prefix}.{owner}", moved.to_device(statistics[child]))
+            linear, errors = self._build_linear(path, dense.get_submodule(child), known, builder)
+            built.weights[path], built.errors[path] = linear.weights, errors
+            if self._trained is not None:
+                built.sources[path] = replace(linear, statistics=moved.to_host(linear.statistics))
+        return list(paths.values())
 
     def _train(
         self, method: Qer, layers: list[BuiltLayer], inputs: HiddenStream, targets: HiddenStream
@@ -135,8 +149,10 @@ class LayerBuilder:
         merged, result = train_layers(self._config, method, layers, inputs, targets, network=network, dense=dense)
         trained = []
         for built, weights in zip(layers, merged, strict=True):
-            sources = built.sources
-            errors = {path: layer_errors(it.weight, weights[path], it.statistics) for path, it in sources.items()}
+            errors = {
+                path: layer_errors(it.weight, weights[path], Moved(dense.device).to_device(it.statistics))
+                for path, it in built.sources.items()
+            }
             trained.append(BuiltLayer(built.index, weights, errors))
         return trained, result
 

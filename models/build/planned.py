@@ -36,6 +36,7 @@ class Plan:
     kv_cache_bytes:     in addition, per 1024 tokens of context
     build_memory_bytes: what the build holds at most: embedding, one decoder layer, activations
     training_memory_bytes: what it holds on the device while it trains; None: nothing is trained
+    gpu_memory_bytes:   what it holds on a GPU at most, by phase of the build, wherever this plan was made
     nll_increase:       nats per token above the dense network, to second order; None without gradients
     output_error:       mean over layers of the relative squared error of their outputs; None with gradients, or
         without calibration
@@ -53,6 +54,7 @@ class Plan:
     kv_cache_bytes: int
     build_memory_bytes: int
     training_memory_bytes: int | None = None
+    gpu_memory_bytes: Mapping[str, int] = field(default_factory=dict)
     nll_increase: float | None = None
     output_error: float | None = None
     seconds: float = 0.0
@@ -86,4 +88,5 @@ class Plan:
             if name not in {"linears", "own", "has_ranks"}
         }
         linears = {path: asdict(layer) for path, layer in self.linears.items()}
+        values["gpu_memory_bytes"] = dict(self.gpu_memory_bytes)
         return {**values, "perplexity_ratio": self.perplexity_ratio, "linears": linears}

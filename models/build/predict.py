@@ -19,6 +19,7 @@ from ..calibration.store import StatisticsStore
 from ..config import BuildConfig
 from ..errors import SchemeError
 from ..llama.checkpoint import Checkpoint
+from .device_footprint import device_memory
 from .footprint import build_memory_bytes, component_bytes, kv_cache_bytes, resident_bytes
 from .observer import BuildObserver
 from .planned import Plan, PlannedLayer
@@ -128,6 +129,10 @@ def _summary(
         kv_cache_bytes=kv_cache_bytes(checkpoint.config, device),
         build_memory_bytes=build_memory_bytes(checkpoint.config, config),
         training_memory_bytes=training_memory_bytes(checkpoint.config, config, device),
+        gpu_memory_bytes={
+            phase.value: size
+            for phase, size in device_memory(checkpoint.config, config, torch.device("cuda")).items()
+        },
         own=config.layers,
         has_ranks=training_method(config) is None,
     )

@@ -24,8 +24,8 @@ _WORKING = 44
 def training_memory_bytes(network: LlamaConfig, config: BuildConfig, device: torch.device) -> int | None:
     """What training one step's decoder layers holds on ``device`` at most; None: nothing is trained.
 
-    The dense layers, their quantized form, what autograd keeps, statistics, and the activations of one batch. Neither
-    the embedding, which is gone by then, nor the calibration set, which stays in the host's memory.
+    The dense layers, their quantized form, what autograd keeps, and the activations of one batch. Neither the embedding,
+    which is gone by then, nor the calibration set and the statistics, which stay in the host's memory.
     """
     method = training_method(config)
     if method is None:
@@ -40,10 +40,11 @@ def training_memory_bytes(network: LlamaConfig, config: BuildConfig, device: tor
     held = num_weights * per_weight
     kept = _kept_per_weight(method) * (largest if training.use_checkpointing else num_weights)
     working = _WORKING * min(largest, values_at_once(device))
-    statistics = num_blocks * _statistics(network, config)
+    # On a CPU what rests in the host's memory is beside it.
+    statistics = num_blocks * statistics_bytes(network, config) if device.type == "cpu" else 0
     num_blocks_inside = 1 if training.use_checkpointing else num_blocks
-    training_peak = kept + working + num_blocks_inside * _activations(network, config)
-    return held + max(training_peak, _pass_activations(network, config)) + statistics
+    training_peak = kept + working + num_blocks_inside * layer_activations(network, config)
+    return held + max(training_peak, pass_activations(network, config)) + statistics
 
 
 def _held_per_weight(config: BuildConfig, method: Qer) -> int:
@@ -72,12 +73,12 @@ def _kept_per_weight(method: Qer) -> int:
             return 4 * _FLOAT
 
 
-def _pass_activations(network: LlamaConfig, config: BuildConfig) -> int:
+def pass_activations(network: LlamaConfig, config: BuildConfig) -> int:
     """Bytes of the sequences that run through one decoder layer together, without gradients."""
     return _FLOAT * num_tokens_inside(config) * (4 * network.hidden_size + 3 * network.intermediate_size)
 
 
-def _activations(network: LlamaConfig, config: BuildConfig) -> int:
+def layer_activations(network: LlamaConfig, config: BuildConfig) -> int:
     """Bytes of one batch inside one decoder layer, gradients included."""
     calibration = config.calibration
     num_tokens = min(calibration.batch_size, calibration.num_sequences) * calibration.sequence_length
@@ -86,8 +87,19 @@ def _activations(network: LlamaConfig, config: BuildConfig) -> int:
     return round(_FLOAT * num_tokens * (hidden * network.hidden_size + inside * network.intermediate_size))
 
 
-def _statistics(network: LlamaConfig, config: BuildConfig) -> int:
-    """Bytes of what the calibration accumulated about every input of one decoder layer."""
-    shapes, num_matrices = network.layer_linear_shapes(0), len(MATRIX_STATISTICS & collected_statistics(config))
-    widths = [shapes[f"model.layers.0.{owner}"].in_features for owner in INPUT_OWNERS]
+def input_widths(network: LlamaConfig) -> list[int]:
+    """Channels of every input of one decoder layer that statistics are taken of."""
+    shapes = network.layer_linear_shapes(0)
+    return [shapes[f"model.layers.0.{owner}"].in_features for owner in INPUT_OWNERS]
+
+
+def statistics_bytes(network: LlamaConfig, config: BuildConfig, *, only_widest: bool = False) -> int:
+    """Bytes of what the calibration accumulates about the inputs of one decoder layer that are watched together.
+
+    ``only_widest``: of the widest one alone.
+    """
+    widths = input_widths(network)
+    if only_widest or config.calibration.inputs == "sequential":
+        widths = [max(widths)]
+    num_matrices = len(MATRIX_STATISTICS & collected_statistics(config)) if config.calibration.source != "none" else 0
     return num_matrices * _DOUBLE * sum(width * width for width in widths)

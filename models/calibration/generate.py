@@ -70,6 +70,15 @@ def generate_tokens(
     return torch.cat(pieces).flatten()
 
 
+def writing_bytes(config: LlamaConfig, num_sequences: int, sequence_length: int, dtype: torch.dtype) -> int:
+    """What ``generate_tokens`` holds on its device: the network in 8 bits, embedding and head, a cache."""
+    weights = sum(shape.out_features * shape.in_features for shape in config.linear_shapes().values())
+    together = max(_chunks(config, num_sequences, sequence_length, dtype))
+    cache = together * -(-sequence_length // BLOCK_SIZE) * PagedKVCache.bytes_per_block(config, BLOCK_SIZE, dtype)
+    num_tables = 1 if config.tie_word_embeddings else 2
+    return weights + num_tables * dtype.itemsize * config.vocab_size * config.hidden_size + cache
+
+
 def _chunks(config: LlamaConfig, num_sequences: int, sequence_length: int, dtype: torch.dtype) -> list[int]:
     """How many sequences to write at a time: as many as have a cache no larger than the 8-bit weights, evenly."""
     per_block = PagedKVCache.bytes_per_block(config, BLOCK_SIZE, dtype)

@@ -10,6 +10,7 @@ propagates the same errors (QuIP, arXiv 2307.13304, theorem 6). But there is not
 loses no digits, and a column gathers earlier errors when it needs them instead of all later ones being updated.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,12 +71,18 @@ def factorize(autocorrelation: Tensor, damping: float, *, use_act_order: bool) -
     order = torch.argsort(diagonal, descending=True, stable=True) if use_act_order else channels
     # Cholesky gives a lower factor, of which M is the upper one when everything runs backwards.
     backwards = order.flip(0)
-    hessian = autocorrelation[backwards[:, None], backwards].double()
-    hessian.diagonal().copy_(mean_square[backwards])
+
+    def hessian() -> Tensor:
+        # Column after column, as Cholesky has its result: it is made in the same memory.
+        columns = autocorrelation.T[backwards[:, None], backwards].double().T
+        columns.diagonal().copy_(mean_square[backwards])
+        return columns
+
     lower = _damped_cholesky(hessian, damping)
-    del hessian
     roots = lower.diagonal().clone()
-    feedback = lower.div_(roots).float().T.flip(0, 1)
+    narrow = lower.div_(roots).float()
+    del lower
+    feedback = narrow.T.flip(0, 1)
     pivots = roots.square().flip(0)
     # The pivots weigh the rounding of each column exactly, but not what feedback carries off the end of a clipped grid,
     # to which few bits and fixed grids are prone. Their geometric mean with the mean squares is about as good where
@@ -84,15 +91,20 @@ def factorize(autocorrelation: Tensor, damping: float, *, use_act_order: bool) -
     return HessianFactor(order, feedback, pivots, importance, is_dead, use_act_order)
 
 
-def _damped_cholesky(hessian: Tensor, damping: float) -> Tensor:
-    """Lower factor of ``hessian`` (changed in place), damped until no pivot is left to rounding errors."""
-    lower: Tensor
-    size, mean, applied = len(hessian), hessian.diagonal().mean(), 0.0
-    noise = size * torch.finfo(torch.float64).eps
+def _damped_cholesky(fresh: Callable[[], Tensor], damping: float) -> Tensor:
+    """Lower factor of the matrix that ``fresh`` makes, damped until no pivot is left to rounding errors.
+
+    In the memory of that matrix, which is made again where it takes more damping: one matrix instead of two.
+    """
     while True:
-        hessian.diagonal().add_((damping - applied) * mean)
-        lower, info = torch.linalg.cholesky_ex(hessian)
-        if int(info) == 0 and bool((lower.diagonal().square() > noise * hessian.diagonal()).all()):
+        lower = fresh()
+        size, mean = len(lower), lower.diagonal().mean()
+        lower.diagonal().add_(damping * mean)
+        diagonal = lower.diagonal().clone()
+        info = torch.empty((), dtype=torch.int32, device=lower.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
+        noise = size * torch.finfo(torch.float64).eps
+        if int(info) == 0 and bool((lower.diagonal().square() > noise * diagonal).all()):
             return lower
         if damping >= _MOST_DAMPING:
             raise CalibrationError(
@@ -100,7 +112,8 @@ def _damped_cholesky(hessian: Tensor, damping: float) -> Tensor:
                 f"{damping:g} times its mean diagonal added: it is damaged, or not a sum of squares. "
                 f"Calibrate again, on at least {size} tokens, or choose quantizer rtn"
             )
-        applied, damping = damping, min(max(10 * damping, _LEAST_DAMPING), _MOST_DAMPING)
+        del lower
+        damping = min(max(10 * damping, _LEAST_DAMPING), _MOST_DAMPING)
 
 
 def quantize_gptq(

@@ -1,6 +1,7 @@
 """How far a quantized and corrected layer is from the dense one: the figures of the build report."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from math import inf, sqrt
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..quant.grid import dense_factors, dequantize
 from ..quant.weighting import weigh
 from ..transform.inputs import InputTransform
-from ..types import InputStatistics, LinearWeights
+from ..types import Correction, InputStatistics, LinearWeights
 
 _ROWS_AT_ONCE = 1024
 
@@ -34,21 +35,37 @@ def layer_errors(weight: Tensor, weights: LinearWeights, statistics: InputStatis
 
     All three are in the layer's own coordinates: the input is divided, gathered and rotated already.
     The output error takes the autocorrelation of the inputs, or else their mean squares (channels as uncorrelated).
+    Some rows at a time: the differences in float64 would be the most that a build holds.
     """
-    before = weight.double() - stored_weight(replace(weights, correction=None))
-    after = before if weights.correction is None else weight.double() - stored_weight(weights)
-    weight_before, weight_after = _relative_errors(weight, None, before, after)
     weighting = statistics.mean_square if statistics.autocorrelation is None else statistics.autocorrelation
-    if weighting is None:
-        return LayerErrors(weight_before, weight_after, None, None)
-    return LayerErrors(weight_before, weight_after, *_relative_errors(weight, weighting, before, after))
+    weightings = [None] if weighting is None else [None, weighting.double()]
+    sums = [[0.0, 0.0, 0.0] for _ in weightings]
+    for matrices in _blocks(weight, weights):
+        for norm, total in zip(weightings, sums, strict=True):
+            for index, rows in enumerate(matrices):
+                total[index] += float((weigh(rows, norm) * rows).sum())
+    found = [_relative(*total) for total in sums]
+    return LayerErrors(*found[0], *(found[1] if len(found) > 1 else (None, None)))
 
 
-def _relative_errors(weight: Tensor, weighting: Tensor | None, *errors: Tensor) -> tuple[float, ...]:
+def _blocks(weight: Tensor, weights: LinearWeights) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Some rows at a time, float64: the weight, and what it differs by without and with the correction."""
+    factors = None if weights.correction is None else dense_factors(weights.correction)
+    for start in range(0, len(weight), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        dense, quantized = weight[rows].double(), weights.quantized.rows(rows)
+        before = dense - stored_weight(LinearWeights(quantized))
+        if factors is None:
+            yield dense, before, before
+        else:
+            correction = Correction(factors[0][rows], factors[1])
+            yield dense, before, dense - stored_weight(LinearWeights(quantized, correction))
+
+
+def _relative(reference: float, *losses: float) -> tuple[float, ...]:
     """0 for no error at all, infinite for an error of a weight that gives no output."""
-    reference = weighted_square(weight, weighting)
-    losses = (weighted_square(error, weighting) for error in errors)
-    return tuple(sqrt(loss / reference) if reference > 0 else (inf if loss > 0 else 0.0) for loss in losses)
+    reference = max(0.0, reference)
+    return tuple(sqrt(max(0.0, it) / reference) if reference > 0 else (inf if it > 0 else 0.0) for it in losses)
 
 
 def weighted_square(rows: Tensor, weighting: Tensor | None) -> float:
