@@ -5,13 +5,15 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from models.artifact.format import qerve_version
 from models.artifact.load import LoadedModel
 
-from .access import AccessMiddleware
+from .access import PUBLIC_PATHS, AccessMiddleware
 from .api import chat, completions, perplexity, system, tokenize
 from .api.admission import install_engine_handlers
 from .api.document import make_document
@@ -32,6 +34,7 @@ from .memory import available_bytes
 from .metrics import WEIGHT_COMPONENTS, Metrics
 from .middleware import ErrorBoundaryMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
 from .model_info import ModelInfo
+from .page.files import PREFIX, ROOT, Page
 from .settings import Settings
 from .token_speller import TokenSpeller
 
@@ -81,7 +84,8 @@ def create_app(loaded: LoadedModel, settings: Settings, keys: KeyRing | None = N
         app.include_router(module.router)
     install_handlers(app)
     install_engine_handlers(app)
-    _add_middleware(app, settings, metrics, keys)
+    public_paths = PUBLIC_PATHS | (_add_page(app) if settings.page else frozenset())
+    _add_middleware(app, settings, metrics, keys, public_paths)
     app.openapi = lambda: make_document(app)  # type: ignore[method-assign]
     seconds = {"load": loaded.load_seconds, "prepare": time.perf_counter() - started}
     _describe_model(metrics, loaded, info, seconds)
@@ -145,10 +149,27 @@ def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: M
     return async_engine
 
 
-def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, keys: KeyRing) -> None:
+def _add_page(app: FastAPI) -> frozenset[str]:
+    """The paths of its files."""
+    page = Page()
+
+    async def page_file(request: Request) -> Response:
+        answer = page.answer(request)
+        if answer is None:
+            raise HTTPException(404)
+        return answer
+
+    for path in (ROOT, PREFIX + "{name}"):
+        app.add_route(path, page_file, include_in_schema=False)
+    return page.paths
+
+
+def _add_middleware(
+    app: FastAPI, settings: Settings, metrics: Metrics, keys: KeyRing, public_paths: frozenset[str]
+) -> None:
     """The last one added is the outermost: every response is counted and has its id, refused ones too."""
     limits = KeyLimits(settings.max_concurrent_per_key, settings.requests_per_minute_per_key)
-    app.add_middleware(AccessMiddleware, keys=keys, limits=limits, metrics=metrics)
+    app.add_middleware(AccessMiddleware, keys=keys, limits=limits, metrics=metrics, public_paths=public_paths)
     app.add_middleware(ErrorBoundaryMiddleware)
     if settings.cors_allow_origins:
         # Outside of the keys: a browser asks whether it may send one before it does.

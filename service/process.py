@@ -22,6 +22,7 @@ from .keys import KeyRing
 from .listener import bind, url_of
 from .loading import LoadingApp
 from .logs import logging_to_stderr
+from .page.files import Page
 from .server import DrainingServer
 from .settings import Settings
 
@@ -59,7 +60,7 @@ def _serve(settings: Settings, keys: KeyRing) -> None:
         def give_up() -> None:
             server.should_exit = True
 
-        loading = LoadingApp(_loader(settings, keys), announce, give_up)
+        loading = LoadingApp(_loader(settings, keys), announce, give_up, Page() if settings.page else None)
         server = DrainingServer(loading, settings.log_level)
         if settings.api_keys_file is not None:
             signal.signal(signal.SIGHUP, server.handle_reload)

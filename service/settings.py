@@ -141,6 +141,7 @@ class Settings(BaseSettings):
     cors_allow_origins: Names = Field(
         default=(), description="Origins whose pages may call, separated by commas; unset: none"
     )
+    page: bool = Field(default=True, description="The page at /: state of the server, and a playground")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged")
     log_format: Literal["text", "json"] = Field(default="text", description="Log lines for people or as JSON objects")
 
