@@ -160,7 +160,7 @@ def _add_page(app: FastAPI) -> frozenset[str]:
         return answer
 
     for path in (ROOT, PREFIX + "{name}"):
-        app.add_route(path, page_file, include_in_schema=False)
+        app.add_api_route(path, page_file, methods=["GET", "HEAD"], include_in_schema=False)
     return page.paths
 
 
