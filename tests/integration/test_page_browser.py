@@ -175,7 +175,7 @@ def test_the_slider_shows_what_the_correction_buys(server, browser):
         assert figures == [f"{none:.2f}", f"{full:.2f}", f"{change:+.1f} %".replace("-", "−")]
         page.click("text=Measure the curve")
         page.wait_for_selector(".curve circle:nth-of-type(4)")  # ranks 0, 1, 2 and 4
-        page.click("text=Against full rank")
+        page.click("button:text-is('Against full rank')")
         assert page.locator('.heat .token[data-shade^="c"]').count() > 10
         page.click("#perplexity-probe")
         page.wait_for_selector("text=Dense network")

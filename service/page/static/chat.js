@@ -20,6 +20,7 @@ const STARTERS = [
  * @property {string} message
  * @property {Answer[]} answers
  * @property {HTMLElement} element
+ * @property {HTMLElement} place of the answers, beside each other where there is room: they are there to be compared
  */
 
 /** The chat tab. */
@@ -91,10 +92,11 @@ export class Chat {
     if (message === "" || this.#running || !this.#sampling.check()) return;
     this.#input.value = "";
     if (this.#turns.at(-1)?.answers.length === 0) this.#turns.pop()?.element.remove(); // it failed, and was not tried again
-    const element = el("div", { class: "turn" }, el("div", { class: "message" }, el("span", { class: "visually-hidden" }, "You: "), message));
+    const place = el("div", { class: "answers" });
+    const element = el("div", { class: "turn" }, el("div", { class: "message" }, el("span", { class: "visually-hidden" }, "You: "), message), place);
     if (this.#turns.length === 0) this.#log.replaceChildren();
     this.#log.append(element);
-    const turn = { message, answers: [], element };
+    const turn = { message, answers: [], element, place };
     this.#turns.push(turn);
     void this.#answer(turn);
   }
@@ -111,9 +113,9 @@ export class Chat {
     const running = new AbortController();
     this.#running = running;
     this.#notice.clear();
-    this.#again.remove();
     this.#show();
-    turn.element.append(answer.element);
+    this.#again.remove();
+    turn.place.append(answer.element);
     this.#scroll(true);
     try {
       const body = { messages, ...this.#sampling.fields("chat"), ...this.#rank.field };
@@ -155,11 +157,13 @@ export class Chat {
     if (this.#again.parentElement !== turn.element) turn.element.append(this.#again);
   }
 
+  /** The button that has the focus is replaced: the focus goes on to what takes its place. */
   #show() {
+    const focused = document.activeElement;
     this.#send.hidden = this.#running !== null;
     this.#stop.hidden = this.#running === null;
-    if (this.#running) this.#stop.focus({ preventScroll: true });
-    else if (document.activeElement === document.body) this.#input.focus({ preventScroll: true });
+    if (focused === this.#send && this.#running) this.#stop.focus({ preventScroll: true });
+    if ((focused === this.#stop && !this.#running) || focused === this.#again) this.#input.focus({ preventScroll: true });
   }
 
   /** @param {boolean} isForced also when the user looks at something further up */

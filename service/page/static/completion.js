@@ -73,10 +73,12 @@ export class Completion {
     }
   }
 
+  /** The button that has the focus is replaced by the other. */
   #show() {
+    const focused = document.activeElement;
     this.#send.hidden = this.#running !== null;
     this.#stop.hidden = this.#running === null;
-    if (this.#running) this.#stop.focus({ preventScroll: true });
-    else if (document.activeElement === document.body) this.#send.focus({ preventScroll: true });
+    if (focused === this.#send && this.#running) this.#stop.focus({ preventScroll: true });
+    if (focused === this.#stop && !this.#running) this.#send.focus({ preventScroll: true });
   }
 }

@@ -8,6 +8,9 @@ import { drawSparkline } from "./sparkline.js";
 /** @import { History } from "./history.js" */
 /** @import { Scrape } from "./prometheus.js" */
 
+/** Values of a full width until there are more: a minute. */
+const LEAST_LENGTH = 30;
+
 /**
  * @typedef {object} Reading
  * @property {string} figure
@@ -35,7 +38,8 @@ class Tile {
     setText(this.#figure, figure);
     setText(this.#unit, unit ? ` ${unit}` : "");
     setText(this.#detail, detail);
-    this.#place.replaceChildren(drawSparkline(lines, LENGTH, most));
+    const length = Math.max(LEAST_LENGTH, ...lines.map(({ values }) => values.length));
+    this.#place.replaceChildren(drawSparkline(lines, length, most));
   }
 }
 

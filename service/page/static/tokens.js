@@ -92,10 +92,10 @@ export class TokenText {
     };
     if (!(event.key in places) || last < 0) return;
     event.preventDefault();
-    this.#select(places[/** @type {keyof typeof places} */ (event.key)]);
-    if (this.#current < 0) return;
-    this.#spans[this.#current].scrollIntoView({ block: "nearest" });
-    announce(spoken(this.#tokens[this.#current]));
+    const at = places[/** @type {keyof typeof places} */ (event.key)];
+    this.#spans[at]?.scrollIntoView({ block: "nearest" }); // before the card is placed beside it
+    this.#select(at);
+    if (at >= 0) announce(spoken(this.#tokens[at]));
   }
 
   /** @param {number} at -1: none */
