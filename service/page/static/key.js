@@ -41,6 +41,7 @@ export class KeyDialog {
     if (this.#dialog.open) return;
     const isSet = this.#api.key !== null;
     setText(byId("key-reason", HTMLElement), reason || (isSet ? "Requests are sent with a key." : "Requests are sent without a key."));
+    byId("key-forget", HTMLButtonElement).hidden = !isSet;
     this.#input.value = "";
     this.#dialog.returnValue = "cancel"; // what Escape means
     this.#dialog.showModal();

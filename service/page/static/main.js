@@ -15,8 +15,9 @@ import { startTheme } from "./theme.js";
 
 const WHY = "This server answers only requests with a key.";
 
-/** @param {string} tab */
+/** @param {string} tab whose requests the settings are for */
 function showSettings(tab) {
+  byId("system-prompt", HTMLElement).hidden = tab !== "panel-chat";
   byId("settings", HTMLElement).hidden = tab === "panel-perplexity";
 }
 

@@ -107,8 +107,8 @@ export class Status {
   #showProblem(error) {
     const status = error instanceof ApiError ? error.status : 0;
     const message = error instanceof Error ? error.message : String(error);
-    if (status !== 503) this.#show("unreachable", status === 0 ? "The server cannot be reached. This page tries again by itself." : message);
-    else this.#show(message.includes("loaded") ? "loading" : "refusing", `${message} This page goes on by itself once it does.`);
+    const state = status !== 503 ? "unreachable" : message.includes("loaded") ? "loading" : "refusing";
+    this.#show(state, `${message} This page looks again every 2 seconds.`);
     if (status === 0 || status === 503) this.#artifact = ""; // what comes back may be another model
   }
 
