@@ -1,4 +1,4 @@
-"""Who may ask, and how much: every route but those listed here wants an API key, also those that do not exist."""
+"""Who may ask, and how much: every path but those that are listed as public wants an API key, also where nothing is."""
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -10,23 +10,29 @@ from .metrics import Metrics
 from .request_record import record_of
 
 PUBLIC_PATHS = frozenset(("/health/live", "/health/ready"))
+"""Of the API; the files of the page, where it is on, are public too."""
 
 
 class AccessMiddleware:
     """Asks for ``Authorization: Bearer KEY`` where there are keys, and holds each key to its limits.
 
     The limits count what makes work, which is every POST; without keys, everybody together is one client.
+
+    public_paths: nobody is asked for a key there
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, limits: KeyLimits, metrics: Metrics) -> None:
+    def __init__(
+        self, app: ASGIApp, keys: KeyRing, limits: KeyLimits, metrics: Metrics, public_paths: frozenset[str]
+    ) -> None:
         self._app = app
+        self._public_paths = public_paths
         self._keys = keys
         self._limits = limits
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
-        if scope["type"] != "http" or scope["path"] in PUBLIC_PATHS:
+        if scope["type"] != "http" or scope["path"] in self._public_paths:
             await self._app(scope, receive, send)
             return
         try:

@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from models.artifact.format import qerve_version
@@ -16,7 +18,7 @@ from models.errors import QerveError
 from models.llama.kv_cache import PagedKVCache
 from models.llama.network import KVCache
 
-from .access import AccessMiddleware
+from .access import PUBLIC_PATHS, AccessMiddleware
 from .api import chat, completions, perplexity, system, tokenize
 from .api.admission import install_engine_handlers
 from .api.document import make_document
@@ -41,6 +43,7 @@ from .metrics import Metrics
 from .metrics.readings import read_account, read_cache, read_context, read_engine
 from .middleware import ErrorBoundaryMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
 from .model_info import ModelInfo
+from .page.files import PREFIX, ROOT, Page
 from .settings import Settings
 from .token_speller import TokenSpeller
 
@@ -101,8 +104,8 @@ def create_app(
     telemetry = _telemetry(settings, info)
     app = FastAPI(title="qerve", version=qerve_version(), lifespan=lambda _: _life(context, telemetry))
     app.state.context = context
-    _add_routes(app, settings)
-    _add_middleware(app, settings, metrics, keys, telemetry)
+    public_paths = _add_routes(app, settings)
+    _add_middleware(app, settings, metrics, keys, telemetry, public_paths)
     read_context(metrics.read, context)
     if settings.metrics_compat == "vllm":
         metrics.export_vllm_names()
@@ -144,7 +147,8 @@ def _telemetry(settings: Settings, info: ModelInfo) -> "OtlpTelemetry | None":
     return open_otlp(settings.otlp_endpoint, info.name, (settings.host, settings.port))
 
 
-def _add_routes(app: FastAPI, settings: Settings) -> None:
+def _add_routes(app: FastAPI, settings: Settings) -> frozenset[str]:
+    """The paths that want no key."""
     for module in (completions, chat, perplexity, tokenize, system):
         app.include_router(module.router)
     if settings.metrics_port is None:
@@ -152,6 +156,7 @@ def _add_routes(app: FastAPI, settings: Settings) -> None:
     install_handlers(app)
     install_engine_handlers(app)
     app.openapi = lambda: make_document(app)  # type: ignore[method-assign]
+    return PUBLIC_PATHS | (_add_page(app) if settings.page else frozenset())
 
 
 def key_ring(settings: Settings) -> KeyRing:
@@ -203,12 +208,32 @@ def _engine(
     return async_engine
 
 
+def _add_page(app: FastAPI) -> frozenset[str]:
+    """The paths of its files."""
+    page = Page()
+
+    async def page_file(request: Request) -> Response:
+        answer = page.answer(request)
+        if answer is None:
+            raise HTTPException(404)
+        return answer
+
+    for path in (ROOT, PREFIX + "{name}"):
+        app.add_api_route(path, page_file, methods=["GET", "HEAD"], include_in_schema=False)
+    return page.paths
+
+
 def _add_middleware(
-    app: FastAPI, settings: Settings, metrics: Metrics, keys: KeyRing, telemetry: "OtlpTelemetry | None"
+    app: FastAPI,
+    settings: Settings,
+    metrics: Metrics,
+    keys: KeyRing,
+    telemetry: "OtlpTelemetry | None",
+    public_paths: frozenset[str],
 ) -> None:
     """The last one added is the outermost: every response is counted and has its id, refused ones too."""
     limits = KeyLimits(settings.max_concurrent_per_key, settings.requests_per_minute_per_key)
-    app.add_middleware(AccessMiddleware, keys=keys, limits=limits, metrics=metrics)
+    app.add_middleware(AccessMiddleware, keys=keys, limits=limits, metrics=metrics, public_paths=public_paths)
     app.add_middleware(ErrorBoundaryMiddleware)
     if settings.cors_allow_origins:
         # Outside of the keys: a browser asks whether it may send one before it does.

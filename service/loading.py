@@ -8,6 +8,7 @@ from collections.abc import Callable
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import State
+from starlette.requests import Request
 from starlette.types import Receive, Scope, Send
 
 from .access import PUBLIC_PATHS
@@ -15,6 +16,7 @@ from .access_log import UNMATCHED, log_access
 from .errors import ApiError
 from .middleware import RequestIdMiddleware
 from .request_record import record_of
+from .page.files import Page
 
 RETRY_SECONDS = 5
 
@@ -22,14 +24,20 @@ RETRY_SECONDS = 5
 class LoadingApp:
     """Runs ``load`` in a thread once the server is up, then hands everything to the application that it made.
 
-    Until then /health/live says that the process lives, and everything else is a 503.
+    Until then /health/live says that the process lives, the page says that the model loads, and everything else is a
+    503.
 
+    page:  None: it is turned off
     state: of the loaded application; empty until then
     error: why loading failed
     """
 
     def __init__(
-        self, load: Callable[[], FastAPI], on_loaded: Callable[[], None], on_failed: Callable[[], None]
+        self,
+        load: Callable[[], FastAPI],
+        on_loaded: Callable[[], None],
+        on_failed: Callable[[], None],
+        page: Page | None = None,
     ) -> None:
         self.state = State()
         self.error: BaseException | None = None
@@ -37,6 +45,7 @@ class LoadingApp:
         self._load = load
         self._on_loaded = on_loaded
         self._on_failed = on_failed
+        self._page = page
         self._app: FastAPI | None = None
         self._waiting = RequestIdMiddleware(self._answer)
         self._thread: threading.Thread | None = None
@@ -101,15 +110,17 @@ class LoadingApp:
         return await loaded
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response: Response
         path = scope["path"]
-        if path == "/health/live":
-            response = JSONResponse({"status": "ok"})
-        else:
-            self.num_rejected += path != "/health/ready"
-            headers = {"Retry-After": str(RETRY_SECONDS)}
-            response = ApiError(503, "The model is being loaded.", headers=headers).response()
+        page_file = None if self._page is None else self._page.answer(Request(scope))
+        response = page_file or self._answer_of_api(path)
         await response(scope, receive, send)
         # Routes are not known yet, and a path may be anything; somebody waits for readiness, which is no news.
         if path not in PUBLIC_PATHS:
             log_access(record_of(scope), scope["method"], UNMATCHED, response.status_code)
+
+    def _answer_of_api(self, path: str) -> Response:
+        if path == "/health/live":
+            return JSONResponse({"status": "ok"})
+        self.num_rejected += path != "/health/ready"
+        headers = {"Retry-After": str(RETRY_SECONDS)}
+        return ApiError(503, "The model is being loaded.", headers=headers).response()

@@ -91,6 +91,7 @@ class ModelInfo:
                 "component_bytes": dict(manifest.component_bytes),
                 "dense_bytes": manifest.dense_bytes,
                 "evaluation": dict(manifest.evaluation),
+                "has_probe": manifest.probe is not None,
             },
             "backends": self.backends,
             "passed_over": self._passed_over(),

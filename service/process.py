@@ -28,6 +28,7 @@ from .loading import LoadingApp
 from .logs import logging_to_stderr
 from .metrics import Metrics
 from .metrics.server import metrics_server
+from .page.files import Page
 from .server import DrainingServer
 from .settings import Settings
 
@@ -66,7 +67,8 @@ def _serve(settings: Settings, keys: KeyRing) -> None:
         def give_up() -> None:
             server.should_exit = True
 
-        loading = LoadingApp(_loader(settings, keys, registry), announce, give_up)
+        page = Page() if settings.page else None
+        loading = LoadingApp(_loader(settings, keys, registry), announce, give_up, page)
         server = DrainingServer(loading, settings.log_level)
         if settings.api_keys_file is not None:
             signal.signal(signal.SIGHUP, server.handle_reload)

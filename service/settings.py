@@ -166,6 +166,7 @@ class Settings(BaseSettings):
         min_length=1,
         description="OpenTelemetry collector, http://HOST:4318; env: as OTEL_EXPORTER_OTLP_* say; unset: none",
     )
+    page: bool = Field(default=True, description="The page at /: state of the server, and a playground")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged")
     log_format: Literal["text", "json"] = Field(default="text", description="Log lines for people or as JSON objects")
 

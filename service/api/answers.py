@@ -71,6 +71,13 @@ class ChatAnswer(Answer):
     usage: Usage
 
 
+class ScoredToken(Answer):
+    """A token of a scored text: what it adds to the text, and its nll; null where no window predicts it."""
+
+    text: str
+    nll: float | None
+
+
 class PerplexityAnswer(Answer):
     """``POST /v1/perplexity``: ``perplexity`` is null where it is more than a number can hold."""
 
@@ -82,6 +89,7 @@ class PerplexityAnswer(Answer):
     num_tokens: int
     num_windows: int
     token_nlls: list[float] | None = None
+    tokens: list[ScoredToken] | None = None
 
 
 class TokenizeAnswer(Answer):

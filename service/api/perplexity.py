@@ -4,7 +4,7 @@ import asyncio
 import math
 import uuid
 from contextlib import ExitStack
-from itertools import islice
+from itertools import chain, islice
 from typing import Annotated, Any
 
 import torch
@@ -16,6 +16,7 @@ from models.errors import EvaluationError
 from models.evaluate.perplexity import PerplexityResult, Window, plan_windows, summarize
 
 from ..deps import Context, ContextDep, json_body
+from ..engine.detokenizer import Detokenizer
 from ..engine.generation import Generation
 from ..engine.request import FinishReason, SamplingParams
 from ..engine.request import Request as EngineRequest
@@ -53,7 +54,10 @@ async def perplexity(
         rank = rank_of(context, body.rank, 1, is_scored=True)
         score = _score(context, call, tokens, windows, rank_in_engine(context, rank))
         result = await unless_disconnected(request, context, score)
-    return with_rank(JSONResponse(_answer(context, body, result)), rank)
+        answer = _answer(context, body, result)
+        if body.return_tokens:
+            answer["tokens"] = await asyncio.to_thread(_scored_tokens, context, tokens, windows, result)
+    return with_rank(JSONResponse(answer), rank)
 
 
 async def _tokens(context: Context, body: PerplexityBody) -> list[int]:
@@ -152,6 +156,18 @@ def _answer(context: Context, body: PerplexityBody, result: PerplexityResult) ->
     if body.return_token_nlls:
         answer["token_nlls"] = result.token_nlls.tolist()
     return answer
+
+
+def _scored_tokens(
+    context: Context, tokens: list[int], windows: list[Window], result: PerplexityResult
+) -> list[dict[str, Any]]:
+    """Every token that a window holds: their texts, joined, are the text."""
+    detokenizer = Detokenizer(context.loaded.tokenizer, (), skip_special_tokens=False)
+    texts = [detokenizer.push(token) for token in tokens[: windows[-1].end]]
+    texts[-1] += detokenizer.flush()
+    positions = chain.from_iterable(range(item.end - item.num_scored, item.end) for item in windows)
+    nlls = dict(zip(positions, result.token_nlls.tolist(), strict=True))
+    return [{"text": text, "nll": nlls.get(position)} for position, text in enumerate(texts)]
 
 
 def _comparison(probe: Probe, result: PerplexityResult) -> dict[str, float]:

@@ -266,6 +266,7 @@ class PerplexityBody(Body):
     probe:  score the text that the artifact's build scored, dense and quantized, to compare with it
     window: tokens of one forward pass; default 1024 or the context, whichever is less
     stride: tokens between two windows; default: the window, so that they do not overlap
+    return_tokens: every token's text with its nll, those that begin a window without one
     """
 
     model: ModelName | None = None
@@ -277,6 +278,7 @@ class PerplexityBody(Body):
     max_windows: int | None = Field(default=None, ge=1, le=MAX_INT32)
     rank: RankField = None
     return_token_nlls: bool = False
+    return_tokens: bool = False
 
     def check(self) -> None:
         """Raise 400 unless exactly one of ``text``, ``token_ids`` and ``probe`` is given and not empty."""

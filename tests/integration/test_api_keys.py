@@ -5,6 +5,7 @@ import concurrent.futures
 import pytest
 
 from service.access import PUBLIC_PATHS
+from service.page.files import Page
 from tests.support.api_server import live_server, wait_until
 from tests.support.fake_model import FakeModel, FakeParts, Faults
 
@@ -50,16 +51,18 @@ def registered_routes(routes):
             yield from registered_routes(included.routes)
 
 
-def test_every_registered_route_and_every_other_path_asks_for_a_key(key_file):
-    with live_server(api_keys_file=key_file) as server:
+@pytest.mark.parametrize("page", [True, False])
+def test_every_registered_route_and_every_other_path_asks_for_a_key(key_file, page):
+    public = {"/health/live", "/health/ready", *(Page().paths if page else ())}
+    with live_server(api_keys_file=key_file, page=page) as server:
         registered = {route.path for route in registered_routes(server.app.routes)}
         assert {"/docs", "/openapi.json", "/metrics", "/tokenize", "/v1/completions"} <= registered
         assert registered >= PUBLIC_PATHS
         paths = [path.replace("{model_id:path}", "fake") for path in registered] + list(UNKNOWN)
-        for path in paths:
+        for path in {*paths, *sorted(public)[:3]}:
             for method in METHODS:
                 response = server.client.request(method, path, headers={"origin": "http://x"})
-                if path in PUBLIC_PATHS:
+                if path in public:
                     assert response.status_code in (200, 405), (method, path)
                 else:
                     assert response.status_code == 401, (method, path)

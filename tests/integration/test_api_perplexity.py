@@ -20,6 +20,7 @@ WRONG_BODIES = {
     "stride": [{"text": "ab", "stride": 0}, {"text": "ab", "window": 8, "stride": 9}],
     "max_windows": [{"text": "ab", "max_windows": 0}],
     "return_token_nlls": [{"text": "ab", "return_token_nlls": 1}],
+    "return_tokens": [{"text": "ab", "return_tokens": "yes"}],
 }
 
 
@@ -75,6 +76,23 @@ def test_token_ids_score_as_their_text_and_values_are_left_out_unless_asked_for(
     by_text, by_ids = score(server, text=TEXT), score(server, token_ids=list(TEXT.encode()))
     assert by_text == by_ids
     assert "token_nlls" not in by_text
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "max_windows"), [(None, None, None), (16, None, None), (16, 5, None), (16, 5, 2)]
+)
+def test_tokens_have_their_texts_and_those_that_nothing_predicts_no_value(server, window, stride, max_windows):
+    text = TEXT + "Ünï 日本🙂."
+    sizes = {"window": window, "stride": stride, "max_windows": max_windows}
+    got = score(server, text=text, **sizes, return_tokens=True, return_token_nlls=True)
+    tokens = got["tokens"]
+    assert [token["nll"] for token in tokens if token["nll"] is not None] == got["token_nlls"]
+    steps = window if stride is None else stride
+    begins = {0} if window is None or stride is not None else set(range(0, len(tokens), steps))
+    assert {place for place, token in enumerate(tokens) if token["nll"] is None} == begins
+    covered = text.encode()[: None if max_windows is None else window + (max_windows - 1) * stride]
+    assert "".join(token["text"] for token in tokens).encode() == covered
+    assert "tokens" not in score(server, text=text)
 
 
 def test_the_probe_is_compared_with_what_the_build_measured_on_it(server):

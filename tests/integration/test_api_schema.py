@@ -31,7 +31,7 @@ GOOD = [
     ("/v1/completions", {"prompt": "a", "max_tokens": 3, "stream": True, "stream_options": {"include_usage": True}}),
     ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 3, "n": 2}),
     ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 3, "stream": True}),
-    ("/v1/perplexity", {"text": "hello there", "return_token_nlls": True}),
+    ("/v1/perplexity", {"text": "hello there", "return_token_nlls": True, "return_tokens": True}),
     ("/tokenize", {"messages": MESSAGES, "return_token_strs": True}),
     ("/tokenize", {"prompt": "hi"}),
     ("/detokenize", {"tokens": [65, 66]}),
