@@ -1,4 +1,4 @@
-"""Just enough reading of Dockerfile, .dockerignore and PromQL to check them without their engines."""
+"""Just enough reading of Dockerfile and .dockerignore to check them without an engine."""
 
 import json
 import re
@@ -7,7 +7,6 @@ from fnmatch import fnmatch
 from pathlib import PurePosixPath
 
 PINNED_IMAGE = re.compile(r"[\w./-]+:v?\d+\.\d+\.\d+(-[\w.-]+)?")
-PROMQL_KEYWORDS = frozenset({"and", "or", "unless", "by", "without", "on", "ignoring", "bool", "offset", "group_left"})
 
 
 @dataclass(frozen=True)
@@ -70,18 +69,3 @@ def _matches(path: str, pattern: str) -> bool:
     if pattern.startswith("**/"):
         return fnmatch(PurePosixPath(path).name, pattern[3:])
     return path.count("/") == pattern.count("/") and fnmatch(path, pattern)
-
-
-def promql_metrics(expression: str) -> set[str]:
-    """Names of the series that ``expression`` selects."""
-    bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\"[^\"]*\"", " ", expression)
-    bare = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)", " ", bare)
-    names = re.findall(r"(?<![\w.$])([a-zA-Z_:][\w:]*)\b(?!\s*\()", bare)
-    return set(names) - PROMQL_KEYWORDS
-
-
-def promql_labels(expression: str) -> set[str]:
-    """Labels that ``expression`` matches on or groups by."""
-    matched = re.findall(r"[{,]\s*(\w+)\s*(?:=~|!~|!=|=)", expression)
-    grouped = re.findall(r"\b(?:by|without|on|ignoring)\s*\(([^)]*)\)", expression)
-    return {*matched, *(name.strip() for group in grouped for name in group.split(",") if name.strip())}
