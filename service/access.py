@@ -39,6 +39,7 @@ class AccessMiddleware:
             await ApiError(429, str(error), headers=headers).response()(scope, receive, send)
             return
         except ApiError as error:
+            self._metrics.rejected("unauthorized")
             await error.response()(scope, receive, send)
             return
         try:

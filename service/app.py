@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -29,7 +29,8 @@ from .grammar import GrammarCompiler
 from .key_limits import KeyLimits
 from .keys import KeyRing
 from .memory import available_bytes
-from .metrics import WEIGHT_COMPONENTS, Metrics
+from .metrics import Metrics
+from .metrics.readings import read_cache, read_engine, read_model
 from .middleware import ErrorBoundaryMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
 from .model_info import ModelInfo
 from .settings import Settings
@@ -73,7 +74,9 @@ def create_app(loaded: LoadedModel, settings: Settings, keys: KeyRing | None = N
     speller = TokenSpeller(tokenizer)
     keys = key_ring(settings) if keys is None else keys
     ranks = rank_policy(info, settings)
-    metrics.add_value("elastic_rank", "Rank that new requests get", lambda: ranks.rank_at(engine.num_waiting))
+    metrics.read("elastic_rank", lambda: [({}, ranks.rank_at(engine.num_waiting))])
+    metrics.read("elastic_rank_full", lambda: [({}, ranks.full)])
+    metrics.read("ready", lambda: [({}, engine.is_ready)])
     app.state.context = Context(
         settings, loaded, info, engine, metrics, max_prompt_chars, grammars, speller, keys, ranks
     )
@@ -83,8 +86,8 @@ def create_app(loaded: LoadedModel, settings: Settings, keys: KeyRing | None = N
     install_engine_handlers(app)
     _add_middleware(app, settings, metrics, keys)
     app.openapi = lambda: make_document(app)  # type: ignore[method-assign]
-    seconds = {"load": loaded.load_seconds, "prepare": time.perf_counter() - started}
-    _describe_model(metrics, loaded, info, seconds)
+    read_model(metrics.read, loaded, info)
+    metrics.phases |= {"load": loaded.load_seconds, "prepare": time.perf_counter() - started}
     return app
 
 
@@ -121,27 +124,12 @@ def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: M
         plan.max_model_len,
         budget,
     )
-    block_bytes = kv_cache.nbytes / plan.num_blocks
-    numbers_of_blocks: dict[str, Callable[[], int]] = {
-        "capacity": lambda: blocks.num_blocks,
-        "used": lambda: blocks.num_used_blocks,
-        "cached": lambda: blocks.num_cached_blocks,
-    }
-    metrics.add_value("num_requests_running", "Sequences being generated", lambda: len(scheduler.running))
-    metrics.add_value("num_requests_waiting", "Sequences that wait for a seat", lambda: len(scheduler.waiting))
-    metrics.add_value("kv_cache_usage_perc", "Share of the key-value cache in use, 0 to 1", lambda: blocks.usage)
-    metrics.add_group(
-        "kv_cache_bytes",
-        "Key-value cache: all of it, what requests hold, and what is kept of former ones until that is wanted",
-        lambda: [({"kind": kind}, block_bytes * number()) for kind, number in numbers_of_blocks.items()],
-    )
-    metrics.add_value("throughput_tokens_per_second", "Recent speed", lambda: engine.throughput.tokens_per_second)
     capacity = settings.max_num_seqs + settings.max_queue
     async_engine = AsyncEngine(
         engine, capacity, settings.max_queued_tokens, settings.max_failed_steps, settings.step_timeout_seconds
     )
-    admission = async_engine.admission
-    metrics.add_value("num_queued_tokens", "Prompt tokens that wait", lambda: admission.num_queued_tokens)
+    read_engine(metrics.read, async_engine, scheduler)
+    read_cache(metrics.read, kv_cache, scheduler, settings.kv_cache_dtype)
     return async_engine
 
 
@@ -161,30 +149,3 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, keys: Ke
         )
     app.add_middleware(HttpMetricsMiddleware, metrics=metrics)
     app.add_middleware(RequestIdMiddleware)
-
-
-def _describe_model(metrics: Metrics, loaded: LoadedModel, info: ModelInfo, startup_seconds: dict[str, float]) -> None:
-    manifest = loaded.manifest
-    scheme = info.schemes[0] if info.schemes else {}
-    labels = {
-        "version": qerve_version(),
-        "kernel": ",".join(sorted(info.backends)),
-        "artifact_sha256": manifest.manifest_sha256,
-        "method": manifest.build.reconstruct.method,
-        "scheme": f"w{scheme.get('num_bits', 16)}g{scheme.get('group_size', -1)}",
-        "rank": str(info.rank),
-    }
-    weights = [({"component": WEIGHT_COMPONENTS.get(name, name)}, size) for name, size in loaded.weight_bytes.items()]
-    resident = [({"backend": name}, size) for name, size in loaded.resident_bytes.items()]
-    phases = [({"phase": phase}, seconds) for phase, seconds in startup_seconds.items()]
-    add = metrics.add_constants
-    add("build_info", "What is served and how, in labels; always 1", [(labels, 1)])
-    add("model_weight_bytes", "Weights as stored in the artifact, by component", weights)
-    add("model_resident_bytes", "Weights as kept in memory, by the kernel backend that keeps them", resident)
-    add(
-        "model_effective_bits_per_weight",
-        "Stored bits per weight of the linear layers",
-        [({}, manifest.effective_bits)],
-    )
-    add("model_load_seconds", "From opening the artifact to the network built", [({}, loaded.load_seconds)])
-    add("startup_seconds", "Time from start to ready, by phase", phases)

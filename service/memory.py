@@ -12,11 +12,13 @@ _CGROUP_V1 = {
     "max": "memory.limit_in_bytes",
     "peak": "memory.max_usage_in_bytes",
 }
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_PROC = Path("/proc/self")
 _UNLIMITED = 1 << 60
 """cgroup v1 writes "no limit" as a number near 2**63."""
 
 
-def process_memory(proc: Path = Path("/proc/self")) -> dict[str, int]:
+def process_memory(proc: Path = _PROC) -> dict[str, int]:
     """Bytes by kind: rss_anon, rss_file, rss_shmem, peak (largest resident size so far), pss (shared pages divided)."""
     values = {
         kind: size for name, kind in _STATUS_KINDS.items() if (size := _sizes(proc / "status").get(name)) is not None
@@ -25,13 +27,22 @@ def process_memory(proc: Path = Path("/proc/self")) -> dict[str, int]:
     return values if pss is None else {**values, "pss": pss}
 
 
-def cgroup_memory(root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc/self")) -> dict[str, int]:
+def cgroup_memory(root: Path = _CGROUP_ROOT, proc: Path = _PROC) -> dict[str, int]:
     """Bytes by kind: current, max, peak of this process's control group; ``max`` is absent when there is no limit."""
-    for directory, names in ((_own_group(root, proc), _CGROUP_V2), (root, _CGROUP_V2), (root / "memory", _CGROUP_V1)):
+    for directory, names in _cgroups(root, proc):
         values = {kind: size for kind, name in names.items() if (size := _number(directory / name)) is not None}
         if values:
             return {kind: size for kind, size in values.items() if size < _UNLIMITED}
     return {}
+
+
+def oom_headroom_bytes(root: Path = _CGROUP_ROOT, proc: Path = _PROC) -> int:
+    """What can be taken before the machine or the control group is full, page cache that can be dropped included."""
+    available: int = psutil.virtual_memory().available
+    group = cgroup_memory(root, proc)
+    if "max" not in group or "current" not in group:
+        return available
+    return min(available, max(0, group["max"] - group["current"] + _droppable_bytes(root, proc)))
 
 
 def cuda_memory() -> dict[tuple[int, str], int]:
@@ -60,13 +71,36 @@ def available_bytes(device: torch.device) -> int:
     return available
 
 
-def _own_group(root: Path, proc: Path) -> Path:
+def _cgroups(root: Path, proc: Path) -> list[tuple[Path, dict[str, str]]]:
+    """Where this process's control group may be, the likeliest first: in a container, its own is the root."""
+    own: list[tuple[Path, dict[str, str]]] = []
+    for _, controllers, path in _cgroup_lines(proc):
+        if not controllers:
+            own.append((root / path.lstrip("/"), _CGROUP_V2))
+        elif "memory" in controllers.split(","):
+            own.append((root / "memory" / path.lstrip("/"), _CGROUP_V1))
+    return [*own, (root, _CGROUP_V2), (root / "memory", _CGROUP_V1)]
+
+
+def _cgroup_lines(proc: Path) -> list[list[str]]:
+    """Number, controllers and path of each of this process's groups."""
     try:
         lines = (proc / "cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return root
-    paths = [line.removeprefix("0::") for line in lines if line.startswith("0::")]
-    return root / paths[0].lstrip("/") if paths else root
+        return []
+    return [fields for line in lines if len(fields := line.split(":", 2)) == 3]
+
+
+def _droppable_bytes(root: Path, proc: Path) -> int:
+    """Pages of files that the group has not used lately: they go before anything is killed."""
+    for directory, _ in _cgroups(root, proc):
+        try:
+            lines = (directory / "memory.stat").read_text(encoding="ascii").splitlines()
+        except OSError:
+            continue
+        values = dict(line.split() for line in lines)
+        return int(values.get("total_inactive_file") or values.get("inactive_file") or 0)
+    return 0
 
 
 def _sizes(path: Path) -> dict[str, int]:

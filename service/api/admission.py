@@ -68,7 +68,7 @@ def install_engine_handlers(app: FastAPI) -> None:
 
 async def _answer_queue_full(request: HttpRequest, error: Exception) -> JSONResponse:
     assert isinstance(error, QueueFullError)  # noqa: S101 registered for this class
-    _context_of(request).metrics.rejected("queue_full")
+    _context_of(request).metrics.rejected("kv_budget" if error.is_about_tokens else "queue_full")
     message = f"The queue is full. Try again in {error.retry_seconds} seconds."
     return ApiError(429, message, headers={"Retry-After": str(error.retry_seconds)}).response()
 

@@ -9,11 +9,15 @@ from .throughput import Throughput
 
 
 class QueueFullError(Exception):
-    """No room is left; there may be in ``retry_seconds``."""
+    """No room is left; there may be in ``retry_seconds``.
 
-    def __init__(self, retry_seconds: int) -> None:
+    is_about_tokens: there are seats, but too many prompt tokens wait already
+    """
+
+    def __init__(self, retry_seconds: int, *, is_about_tokens: bool = False) -> None:
         super().__init__("the queue is full")
         self.retry_seconds = retry_seconds
+        self.is_about_tokens = is_about_tokens
 
 
 class DrainingError(Exception):
@@ -75,7 +79,7 @@ class Admission:
     def _check_tokens(self, num_tokens: int, num_held: int = 0) -> None:
         others = self.num_queued_tokens - num_held
         if self.max_queued_tokens is not None and others and others + num_tokens > self.max_queued_tokens:
-            raise QueueFullError(self.retry_seconds)
+            raise QueueFullError(self.retry_seconds, is_about_tokens=True)
 
 
 class Reservation:

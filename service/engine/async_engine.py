@@ -18,6 +18,7 @@ from .admission import Admission, DrainingError
 from .engine import Engine, RequestOutput
 from .generation import Generation
 from .request import FinishReason, Request
+from .throughput import Throughput
 
 logger = logging.getLogger("qerve.engine")
 
@@ -90,6 +91,21 @@ class AsyncEngine:
         """Sequences that were admitted and have no seat in a step: too many for the seats, or for the cache."""
         scheduler = self._engine.scheduler
         return max(self.admission.num_sequences - scheduler.max_num_seqs, len(scheduler.waiting))
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that are computed in every step."""
+        return len(self._engine.scheduler.running)
+
+    @property
+    def num_deferred(self) -> int:
+        """Sequences that were admitted and are not in the engine yet: being tokenized, or their grammar compiled."""
+        return max(0, self.admission.num_sequences - self.num_running - len(self._engine.scheduler.waiting))
+
+    @property
+    def throughput(self) -> Throughput:
+        """How fast the engine has been lately."""
+        return self._engine.throughput
 
     def start(self) -> None:
         """Start the thread; outputs go to the event loop that is running now."""

@@ -42,6 +42,9 @@ class EngineObserver:
     def step_ran(self, num_tokens: int) -> None:
         """A forward pass over ``num_tokens`` tokens is done."""
 
+    def step_failed(self) -> None:
+        """A step raised an exception."""
+
     def token_generated(self, request: Request, previous_seconds: float | None) -> None:
         """``request`` got a token; the one before it came at ``previous_seconds`` (None: this is the first)."""
 
@@ -146,6 +149,7 @@ class Engine:
         except Exception:
             logger.exception("a step of %d requests failed", len(scheduled))
             self.health.step_failed()
+            self._observer.step_failed()
             return [self._fail(item.request, "the model failed on this request") for item in scheduled]
         outputs = [self._collect_scores(item.request, scores.get(item.request, [])) for item in scheduled]
         # Of a request that failed by its scores, the token is of no use.

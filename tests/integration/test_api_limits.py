@@ -82,7 +82,7 @@ def test_prompts_that_wait_are_limited_by_their_tokens_too():
                 assert refused.headers["retry-after"] in refused.json()["error"]["message"]
             assert server.post("/v1/completions", json={**BODY, "prompt": [1] * 10}).status_code == 200
             assert [call.result().status_code for call in (running, waiting)] == [200, 200]
-        assert server.metric("qerve_requests_rejected_total", reason="queue_full") == 2
+        assert server.metric("qerve_requests_rejected_total", reason="kv_budget") == 2
         wait_until(lambda: is_at_rest(server))
 
 

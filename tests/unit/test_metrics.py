@@ -140,14 +140,14 @@ def test_events_are_counted_with_their_labels(metrics):
 
 def test_present_values_are_read_at_every_scrape(metrics):
     numbers = iter([3, 5])
-    metrics.add_value("num_requests_running", "running", lambda: next(numbers))
+    metrics.read("num_requests_running", lambda: [({}, next(numbers))])
     assert value(metrics, "qerve_num_requests_running") == 3
     assert value(metrics, "qerve_num_requests_running") == 5
 
 
 def test_a_reading_without_values_does_not_appear(metrics):
-    metrics.add_readings("nothing", "nothing", list)
-    assert not any(name.startswith("qerve_nothing") for name, _ in samples(metrics))
+    metrics.read("canary_perplexity", list)
+    assert not any(name.startswith("qerve_canary_perplexity") for name, _ in samples(metrics))
 
 
 def test_two_applications_do_not_share_counts():
