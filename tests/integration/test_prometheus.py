@@ -10,7 +10,16 @@ import pytest
 
 from tests.support.api_server import LiveServer, live_server
 from tests.support.ops_tools import require_tool
-from tests.support.prometheus_server import ROOT, RULES, Prometheus, alertmanager, prometheus, scaled_rules, wait_until
+from tests.support.prometheus_server import (
+    ROOT,
+    RULES,
+    Prometheus,
+    alertmanager,
+    prometheus,
+    scaled_rules,
+    wait_until,
+    why_no_alertmanager,
+)
 
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "qerve.json"
 VARIABLES = {"$model_name": ".*", "$instance": ".*", "$__rate_interval": "10s"}
@@ -40,7 +49,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LiveServ
     require_tool("prometheus")
     folder = tmp_path_factory.mktemp("prometheus")
     with live_server() as server, prometheus(folder, server.url.removeprefix("http://"), "500ms") as watcher:
-        watcher.wait_for("qerve_request_success_total")
+        watcher.wait_for("up == 1")
         for wanted in ("> 0", "> 2"):  # a rate needs two different values
             send_requests(server)
             watcher.wait_for(f'qerve_request_success_total{{finished_reason!="abort"}} {wanted}')
@@ -59,7 +68,7 @@ def test_what_happened_is_what_the_dashboard_shows(watched: tuple[LiveServer, Pr
     shown: dict[str, Any] = {title: watcher.query(filled_in(expr)) for title, expr in dashboard_queries()}
     latest = {title: [float(series["value"][1]) for series in result] for title, result in shown.items()}
     assert any(value > 0 for value in latest["HTTP responses"])
-    assert all(value > 0 for value in latest["Process memory"])
+    assert max(latest["Process memory"]) > 1 << 20
     assert all(not math.isnan(value) for value in latest["Time to first token"])
     assert sum(latest["Weights by component"]) > 0
 
@@ -78,8 +87,9 @@ def test_every_rule_evaluates_and_no_alert_fires(watched: tuple[LiveServer, Prom
 
 
 def test_alert_of_a_lost_service_reaches_alertmanager(tmp_path: Path) -> None:
-    require_tool("alertmanager")
-    rules = scaled_rules(RULES.read_text(encoding="utf-8"), 1 / 60, 2)
+    if reason := why_no_alertmanager():
+        pytest.skip(reason)
+    rules = scaled_rules(RULES.read_text(encoding="utf-8"), 1 / 60, shortest_range=2)
     with alertmanager(tmp_path) as manager:
         address = f"{manager.base_url.host}:{manager.base_url.port}"
         with (

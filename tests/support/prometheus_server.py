@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.support.ops_tools import require_tool
+from tests.support.ops_tools import find_tool, require_tool
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "deploy" / "prometheus" / "prometheus.yml"
@@ -111,6 +111,20 @@ def prometheus(
             lambda: is_up(client, "/-/ready"), complaint=f"Prometheus did not start: {folder / 'prometheus.log'}"
         )
         yield Prometheus(client)
+
+
+DEBIAN_TEMPLATE = Path("/usr/share/prometheus/alertmanager/default.tmpl")
+
+
+def why_no_alertmanager() -> str | None:
+    """Debian's build reads a file of its package when it starts: unpacked only, it does not run."""
+    program = find_tool("alertmanager")
+    if program is None:
+        return "alertmanager is not installed: `make ops-tools` fetches it"
+    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    if "debian" in version.stdout + version.stderr and not DEBIAN_TEMPLATE.exists():
+        return f"{DEBIAN_TEMPLATE} is missing: apt-get install prometheus-alertmanager"
+    return None
 
 
 @contextmanager

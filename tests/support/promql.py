@@ -88,9 +88,9 @@ def problems(title: str, expression: str, exposed: dict[str, Series], recorded: 
 def exposed_series() -> dict[str, Series]:
     """Scraped from a server that has answered, scored and refused something, and that has a GPU and a container."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "cuda_memory", lambda: {(0, "allocated"): 1})
-        patch.setattr(memory, "cgroup_memory", lambda: {"current": 1, "max": 2})
-        patch.setattr(memory, "process_memory", lambda: {"rss_anon": 1})
+        patch.setattr(memory, "cuda_memory", lambda *_: {(0, "allocated"): 1})
+        patch.setattr(memory, "cgroup_memory", lambda *_: {"current": 1, "max": 2})
+        patch.setattr(memory, "process_memory", lambda *_: {"rss_anon": 1})
         with live_server() as server:
             answered = server.post("/v1/completions", json={"model": "fake", "prompt": "hello", "max_tokens": 3})
             scored = server.post("/v1/perplexity", json={"model": "fake", "text": "hello world"})
