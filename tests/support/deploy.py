@@ -40,9 +40,15 @@ def dockerfile_instructions(text: str) -> list[Instruction]:
     return instructions
 
 
-def final_stage(instructions: list[Instruction]) -> list[Instruction]:
-    """The instructions of the image that is shipped."""
-    return [step for step in instructions if step.stage == instructions[-1].stage]
+def image_of(instructions: list[Instruction], target: str) -> list[Instruction]:
+    """What the image ``target`` is made of: the instructions of its stage after those of the stages it builds on."""
+    parents = {}
+    for step in (step for step in instructions if step.name == "FROM"):
+        image, _, name = step.arguments.partition(" AS ")
+        parents[name] = (image, step.stage)
+    base, stage = parents[target]
+    inherited = image_of(instructions, base) if base in parents else []
+    return [*inherited, *(step for step in instructions if step.stage == stage)]
 
 
 def environment_of(stage: list[Instruction]) -> dict[str, str]:
