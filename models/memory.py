@@ -1,19 +1,24 @@
 """How much memory this process holds, sampled while work is under way."""
 
 import ctypes
+import mmap
 import sys
 import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import psutil
+from torch import Tensor
 
 SAMPLE_SECONDS = 0.005
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 _LARGEST_THRESHOLD = 1 << 25
+_PAGE_MAP = Path("/proc/self/pagemap")
+_PAGES_AT_ONCE = 1 << 17
 
 
 def anonymous_bytes() -> int:
@@ -98,6 +103,29 @@ class PeakMemory:
     def _sample(self) -> None:
         while not self._stop.wait(SAMPLE_SECONDS):
             self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+
+
+def resident_tensor_bytes(tensor: Tensor) -> int | None:
+    """Bytes of the pages of ``tensor`` (contiguous, in host memory) that are resident; None: this system does not say.
+
+    Memory that was allocated and never touched is not.
+    """
+    page = mmap.PAGESIZE
+    start = tensor.data_ptr() // page
+    num_left = -(-(tensor.data_ptr() + tensor.nbytes) // page) - start if tensor.nbytes else 0
+    num_resident = 0
+    try:
+        with _PAGE_MAP.open("rb", buffering=0) as pages:  # 64 bits a page, the highest one set where it is present
+            pages.seek(start * 8)
+            while num_left > 0:
+                entries = np.frombuffer(pages.read(8 * min(num_left, _PAGES_AT_ONCE)), np.uint64)
+                if not len(entries):
+                    return None
+                num_resident += int(np.count_nonzero(entries >> np.uint64(63)))
+                num_left -= len(entries)
+    except OSError:
+        return None
+    return num_resident * page
 
 
 def directory_bytes(directory: Path) -> int:

@@ -8,6 +8,9 @@ from .request_record import RequestRecord
 
 logger = logging.getLogger("qerve.access")
 
+UNMATCHED = "unmatched"
+"""In the place of a route's template where there is no such route."""
+
 
 def log_access(record: RequestRecord, method: str, route: str, status: int) -> None:
     """Log a finished request; ``route`` is a template, never the path a client made up."""
@@ -29,5 +32,7 @@ def log_access(record: RequestRecord, method: str, route: str, status: int) -> N
         fields["output_tokens"] = generation.num_output_tokens
         if generation.first_output_seconds is not None:
             fields["ttft_seconds"] = round(generation.first_output_seconds - generation.arrival_seconds, 6)
+        if generation.finish_reasons:
+            fields["finish_reasons"] = ",".join(generation.finish_reasons)
     text = " ".join(f"{name}={value}" for name, value in fields.items() if name not in {"method", "route", "status"})
     logger.log(level, "%s %s %s %s", method, route, status, text, extra={"fields": fields})

@@ -1,21 +1,25 @@
 """Puts one application together: a loaded model, its engine, its metrics and the routes. Nothing at import time."""
 
+import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from models.artifact.format import qerve_version
 from models.artifact.load import LoadedModel
+from models.errors import QerveError
 
 from .access import AccessMiddleware
 from .api import chat, completions, perplexity, system, tokenize
 from .api.admission import install_engine_handlers
 from .api.document import make_document
 from .api.rank import RANK_HEADER, rank_policy
+from .canary import make_canary
 from .deps import TIMEOUT_HEADER, Context
 from .engine.async_engine import AsyncEngine
 from .engine.block_manager import BlockManager
@@ -29,66 +33,116 @@ from .grammar import GrammarCompiler
 from .key_limits import KeyLimits
 from .keys import KeyRing
 from .memory import available_bytes
+from .memory_account import MemoryAccount
 from .metrics import Metrics
-from .metrics.readings import read_cache, read_engine, read_model
+from .metrics.readings import read_account, read_cache, read_context, read_engine
 from .middleware import ErrorBoundaryMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
 from .model_info import ModelInfo
 from .settings import Settings
 from .token_speller import TokenSpeller
+
+if TYPE_CHECKING:
+    from .otlp import OtlpTelemetry
 
 logger = logging.getLogger("qerve.server")
 
 MIB = 1 << 20
 
 
-def create_app(loaded: LoadedModel, settings: Settings, keys: KeyRing | None = None) -> FastAPI:
+def create_app(
+    loaded: LoadedModel,
+    settings: Settings,
+    keys: KeyRing | None = None,
+    *,
+    new_metrics: Callable[[str, int], Metrics] = Metrics,
+    interpreter_bytes: int | None = None,
+) -> FastAPI:
     """The application that serves ``loaded``; its engine runs from the application's start to its shutdown.
 
-    keys: None: those of the settings
+    keys:              None: those of the settings
+    new_metrics:       makes the metrics of the model's name and longest sequence
+    interpreter_bytes: see ``MemoryAccount``
 
     Raises:
-        QerveError: the cache or the steps that the settings ask for cannot be had, or the keys.
+        QerveError: the cache or the steps that the settings ask for cannot be had, or the keys, or telemetry's extra.
     """
     started = time.perf_counter()
-    model = loaded.model
+    model, tokenizer = loaded.model, loaded.tokenizer
     limits = CacheLimits(settings.max_num_seqs, settings.max_model_len, settings.kv_cache_memory)
     plan = plan_cache(model.config, model.cache_block_bytes, model.device.type, available_bytes(model.device), limits)
     info = ModelInfo(
         _model_name(settings), plan.max_model_len, loaded.manifest, loaded.selections, loaded.execution.rows()
     )
-    metrics = Metrics(info.name, plan.max_model_len)
-    engine = _engine(loaded, settings, plan, metrics)
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        engine.start()
-        try:
-            yield
-        finally:
-            await engine.stop()
-
-    app = FastAPI(title="qerve", version=qerve_version(), lifespan=lifespan)
-    max_prompt_chars = plan.max_model_len * loaded.tokenizer.max_token_chars
-    tokenizer = loaded.tokenizer
-    grammars = GrammarCompiler(tokenizer.to_json, tokenizer.eos_token_ids, model.config.vocab_size)
-    speller = TokenSpeller(tokenizer)
+    metrics = new_metrics(info.name, plan.max_model_len)
+    engine = _engine(loaded, settings, plan, metrics, interpreter_bytes)
     keys = key_ring(settings) if keys is None else keys
-    ranks = rank_policy(info, settings)
-    metrics.read("elastic_rank", lambda: [({}, ranks.rank_at(engine.num_waiting))])
-    metrics.read("elastic_rank_full", lambda: [({}, ranks.full)])
-    metrics.read("ready", lambda: [({}, engine.is_ready)])
-    app.state.context = Context(
-        settings, loaded, info, engine, metrics, max_prompt_chars, grammars, speller, keys, ranks
+    context = Context(
+        settings,
+        loaded,
+        info,
+        engine,
+        metrics,
+        max_prompt_chars=plan.max_model_len * tokenizer.max_token_chars,
+        grammars=GrammarCompiler(tokenizer.to_json, tokenizer.eos_token_ids, model.config.vocab_size),
+        speller=TokenSpeller(tokenizer),
+        keys=keys,
+        ranks=rank_policy(info, settings),
+        canary=make_canary(engine, info, metrics, settings),
     )
-    for module in (completions, chat, perplexity, tokenize, system):
-        app.include_router(module.router)
-    install_handlers(app)
-    install_engine_handlers(app)
-    _add_middleware(app, settings, metrics, keys)
-    app.openapi = lambda: make_document(app)  # type: ignore[method-assign]
-    read_model(metrics.read, loaded, info)
+    telemetry = _telemetry(settings, info)
+    app = FastAPI(title="qerve", version=qerve_version(), lifespan=lambda _: _life(context, telemetry))
+    app.state.context = context
+    _add_routes(app, settings)
+    _add_middleware(app, settings, metrics, keys, telemetry)
+    read_context(metrics.read, context)
+    if settings.metrics_compat == "vllm":
+        metrics.export_vllm_names()
     metrics.phases |= {"load": loaded.load_seconds, "prepare": time.perf_counter() - started}
     return app
+
+
+@asynccontextmanager
+async def _life(context: Context, telemetry: "OtlpTelemetry | None") -> AsyncIterator[None]:
+    """From the engine's start to its end; the first score of the probe comes before any request."""
+    context.engine.start()
+    watch: asyncio.Task[None] | None = None
+    try:
+        if context.canary is not None:
+            await context.canary.check()
+            context.metrics.phases["canary"] = context.canary.duration_seconds
+            watch = asyncio.create_task(context.canary.watch())
+        yield
+    finally:
+        if watch is not None:
+            watch.cancel()
+        await context.engine.stop()
+        if telemetry is not None:
+            await asyncio.to_thread(telemetry.close)
+
+
+def _telemetry(settings: Settings, info: ModelInfo) -> "OtlpTelemetry | None":
+    """Where the settings ask for it.
+
+    Raises:
+        QerveError: the extra is not installed.
+    """
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        from .otlp import open_otlp
+    except ModuleNotFoundError as error:
+        raise QerveError(f"otlp_endpoint needs {error.name}: pip install 'qerve[otlp]'") from error
+    return open_otlp(settings.otlp_endpoint, info.name, (settings.host, settings.port))
+
+
+def _add_routes(app: FastAPI, settings: Settings) -> None:
+    for module in (completions, chat, perplexity, tokenize, system):
+        app.include_router(module.router)
+    if settings.metrics_port is None:
+        app.include_router(system.metrics_router)
+    install_handlers(app)
+    install_engine_handlers(app)
+    app.openapi = lambda: make_document(app)  # type: ignore[method-assign]
 
 
 def key_ring(settings: Settings) -> KeyRing:
@@ -107,7 +161,9 @@ def _model_name(settings: Settings) -> str:
     return "qerve" if settings.artifact is None else settings.artifact.resolve().name
 
 
-def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: Metrics) -> AsyncEngine:
+def _engine(
+    loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: Metrics, interpreter_bytes: int | None
+) -> AsyncEngine:
     model = loaded.model
     kv_cache = model.new_cache(plan.num_blocks)
     blocks = BlockManager(plan.num_blocks, has_prefix_cache=settings.prefix_caching)
@@ -130,10 +186,13 @@ def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: M
     )
     read_engine(metrics.read, async_engine, scheduler)
     read_cache(metrics.read, kv_cache, scheduler, settings.kv_cache_dtype)
+    read_account(metrics.read, MemoryAccount(loaded, kv_cache, interpreter_bytes))
     return async_engine
 
 
-def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, keys: KeyRing) -> None:
+def _add_middleware(
+    app: FastAPI, settings: Settings, metrics: Metrics, keys: KeyRing, telemetry: "OtlpTelemetry | None"
+) -> None:
     """The last one added is the outermost: every response is counted and has its id, refused ones too."""
     limits = KeyLimits(settings.max_concurrent_per_key, settings.requests_per_minute_per_key)
     app.add_middleware(AccessMiddleware, keys=keys, limits=limits, metrics=metrics)
@@ -147,5 +206,5 @@ def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, keys: Ke
             allow_headers=["authorization", "content-type", "x-request-id", TIMEOUT_HEADER],
             expose_headers=["x-request-id", "retry-after", RANK_HEADER],
         )
-    app.add_middleware(HttpMetricsMiddleware, metrics=metrics)
+    app.add_middleware(HttpMetricsMiddleware, metrics=metrics, telemetry=telemetry)
     app.add_middleware(RequestIdMiddleware)

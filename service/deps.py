@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from models.artifact.load import LoadedModel
 
+from .canary import Canary
 from .engine.async_engine import AsyncEngine
 from .engine.rank_policy import RankPolicy
 from .errors import ApiError, bad_request, deadline_exceeded, quote
@@ -40,6 +41,7 @@ class Context:
 
     max_prompt_chars: a longer prompt cannot fit the context, whatever its tokens are
     ranks:            how much of the corrections requests get that leave it open
+    canary:           whether the model is what it was; None: nobody looks
     """
 
     settings: Settings
@@ -52,6 +54,14 @@ class Context:
     speller: TokenSpeller
     keys: KeyRing
     ranks: RankPolicy
+    canary: Canary | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """Why no requests should be sent here now; None: they may."""
+        if not self.engine.is_ready:
+            return "The server does not take requests now."
+        return None if self.canary is None else self.canary.problem
 
     def check_model(self, name: str | None) -> None:
         """Raise 404 when a client asks for a model by a name that is not served here; no name means this one."""

@@ -10,8 +10,11 @@ from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import State
 from starlette.types import Receive, Scope, Send
 
+from .access import PUBLIC_PATHS
+from .access_log import UNMATCHED, log_access
 from .errors import ApiError
 from .middleware import RequestIdMiddleware
+from .request_record import record_of
 
 RETRY_SECONDS = 5
 
@@ -99,10 +102,14 @@ class LoadingApp:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         response: Response
-        if scope["path"] == "/health/live":
+        path = scope["path"]
+        if path == "/health/live":
             response = JSONResponse({"status": "ok"})
         else:
-            self.num_rejected += scope["path"] != "/health/ready"
+            self.num_rejected += path != "/health/ready"
             headers = {"Retry-After": str(RETRY_SECONDS)}
             response = ApiError(503, "The model is being loaded.", headers=headers).response()
         await response(scope, receive, send)
+        # Routes are not known yet, and a path may be anything; somebody waits for readiness, which is no news.
+        if path not in PUBLIC_PATHS:
+            log_access(record_of(scope), scope["method"], UNMATCHED, response.status_code)

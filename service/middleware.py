@@ -4,14 +4,18 @@ import logging
 import re
 import time
 import uuid
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .access_log import log_access
+from .access_log import UNMATCHED, log_access
 from .errors import internal_error, quote
 from .metrics import Metrics
 from .request_record import RequestRecord, record_of
+
+if TYPE_CHECKING:
+    from .otlp import OtlpTelemetry
 
 logger = logging.getLogger("qerve.http")
 
@@ -45,9 +49,10 @@ class RequestIdMiddleware:
 class HttpMetricsMiddleware:
     """Counts, times and logs every response by route template, never by the path a client made up."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, telemetry: "OtlpTelemetry | None" = None) -> None:
         self._app = app
         self._metrics = metrics
+        self._telemetry = telemetry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -65,13 +70,21 @@ class HttpMetricsMiddleware:
         try:
             await self._app(scope, receive, send_and_look)
         finally:
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            path = getattr(scope.get("route"), "path_format", "unmatched")
-            self._metrics.http_finished(method, path, status, time.monotonic() - started)
-            record = record_of(scope)
-            if record.generation is not None and record.generation.is_expired:
-                self._metrics.deadline_exceeded()
-            log_access(record, method, path, status)
+            self._finish(scope, status, time.monotonic() - started)
+
+    def _finish(self, scope: Scope, status: int, seconds: float) -> None:
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        path = getattr(scope.get("route"), "path_format", UNMATCHED)
+        self._metrics.http_finished(method, path, status, seconds)
+        record = record_of(scope)
+        call = record.generation
+        if call is not None and call.is_expired:
+            self._metrics.deadline_exceeded()
+        if call is not None and call.sampling is not None:
+            self._metrics.call_finished(call.longest_output)
+        if self._telemetry is not None:
+            self._telemetry.request_finished(record, Headers(scope=scope), method, path, status)
+        log_access(record, method, path, status)
 
 
 class ErrorBoundaryMiddleware:

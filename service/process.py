@@ -7,21 +7,27 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import NoReturn
 
+import psutil
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
 
 from models.artifact.execution import RunOptions
 from models.artifact.load import load_artifact
 from models.errors import QerveError
-from models.memory import return_freed_memory, share_one_heap
+from models.memory import anonymous_bytes, return_freed_memory, share_one_heap
 
 from .app import create_app, key_ring
 from .keys import KeyRing
 from .listener import bind, url_of
 from .loading import LoadingApp
 from .logs import logging_to_stderr
+from .metrics import Metrics
+from .metrics.server import metrics_server
 from .server import DrainingServer
 from .settings import Settings
 
@@ -49,7 +55,8 @@ def serve_settings(settings: Settings) -> None:
 
 
 def _serve(settings: Settings, keys: KeyRing) -> None:
-    with bind(settings.host, settings.port) as listener:
+    registry = CollectorRegistry()
+    with bind(settings.host, settings.port) as listener, _metrics_port(settings, registry):
 
         def announce() -> None:
             context = loading.state.context
@@ -59,7 +66,7 @@ def _serve(settings: Settings, keys: KeyRing) -> None:
         def give_up() -> None:
             server.should_exit = True
 
-        loading = LoadingApp(_loader(settings, keys), announce, give_up)
+        loading = LoadingApp(_loader(settings, keys, registry), announce, give_up)
         server = DrainingServer(loading, settings.log_level)
         if settings.api_keys_file is not None:
             signal.signal(signal.SIGHUP, server.handle_reload)
@@ -70,12 +77,24 @@ def _serve(settings: Settings, keys: KeyRing) -> None:
         raise QerveError(f"the server has stopped: {server.failure}; the log says why")
 
 
-def _loader(settings: Settings, keys: KeyRing) -> Callable[[], FastAPI]:
+def _metrics_port(settings: Settings, registry: CollectorRegistry) -> contextlib.AbstractContextManager[int | None]:
+    if settings.metrics_port is None:
+        return contextlib.nullcontext()
+    return metrics_server(settings.metrics_host or settings.host, settings.metrics_port, registry)
+
+
+def _loader(settings: Settings, keys: KeyRing, registry: CollectorRegistry) -> Callable[[], FastAPI]:
+    imports_seconds = time.time() - psutil.Process().create_time()
+
     def load() -> FastAPI:
         assert settings.artifact is not None  # noqa: S101 checked where the command line is read
         choices = RunOptions(settings.backend, settings.activations, settings.kv_cache_dtype)
+        return_freed_memory()
+        interpreter_bytes = anonymous_bytes()
         loaded = load_artifact(settings.artifact, settings.torch_device, settings.torch_dtype, options=choices)
-        app = create_app(loaded, settings, keys)
+        new_metrics = partial(Metrics, registry=registry)
+        app = create_app(loaded, settings, keys, new_metrics=new_metrics, interpreter_bytes=interpreter_bytes)
+        app.state.context.metrics.phases["imports"] = imports_seconds
         return_freed_memory()
         # What is loaded stays: the collector need not go through it again and again while requests wait.
         gc.collect()

@@ -141,6 +141,28 @@ class Settings(BaseSettings):
     cors_allow_origins: Names = Field(
         default=(), description="Origins whose pages may call, separated by commas; unset: none"
     )
+    metrics_port: int | None = Field(
+        default=None,
+        ge=0,
+        le=65535,
+        description="Port for /metrics alone, without a key; unset: beside the other routes",
+    )
+    metrics_host: str | None = Field(default=None, description="Address that port is on; unset: as host")
+    metrics_compat: Literal["none", "vllm"] = Field(
+        default="none", description="vllm: metrics under vLLM's names as well, for tools that read those"
+    )
+    canary: bool = Field(default=True, description="Score the artifact's probe at start and while nothing else runs")
+    canary_interval_seconds: float = Field(
+        default=300.0, ge=0, le=604_800, description="How often the probe is scored after the start; 0: not again"
+    )
+    canary_tolerance: float = Field(
+        default=0.1, gt=0, le=100, description="How far, as a share, its perplexity may be from what the build measured"
+    )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        min_length=1,
+        description="OpenTelemetry collector, http://HOST:4318; env: as OTEL_EXPORTER_OTLP_* say; unset: none",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged")
     log_format: Literal["text", "json"] = Field(default="text", description="Log lines for people or as JSON objects")
 

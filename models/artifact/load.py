@@ -17,7 +17,7 @@ from ..layers.linear import LowRankLinear
 from ..llama.model import LlamaForCausalLM
 from ..llama.network import Network
 from ..llama.tokenizer import Tokenizer
-from ..memory import return_freed_memory
+from ..memory import anonymous_bytes, return_freed_memory
 from ..scheme import EMBEDDING, HEAD
 from ..types import LinearWeights, QuantizedWeight
 from .execution import Execution, RunOptions, resident_bytes, run_natively, warn_if_missing
@@ -37,6 +37,7 @@ class LoadedModel:
         ``unquantized`` for everything else. Of a network that runs as one list of operators: by component
     execution:      which kernels run it, and how
     load_seconds:   from the first file opened to the network built, verification included
+    tokenizer_bytes: by which anonymous memory grew when the tokenizer was made
     """
 
     model: Network
@@ -47,6 +48,7 @@ class LoadedModel:
     resident_bytes: dict[str, int]
     load_seconds: float
     execution: Execution
+    tokenizer_bytes: int = 0
 
 
 class ArtifactWeights:
@@ -148,8 +150,11 @@ def load_artifact(
         weights = ArtifactWeights(reader, backends, target, dtype or default_dtype(target))
         layers = LlamaForCausalLM(reader.config, weights)
         model, execution = run_natively(layers, _embedding(reader, layers), backends, options)
+        del layers
+        return_freed_memory()
+        before = anonymous_bytes()
         tokenizer = _tokenizer(reader)
-    del layers
+        tokenizer_bytes = max(0, anonymous_bytes() - before)
     return_freed_memory()
     return LoadedModel(
         model=model,
@@ -160,6 +165,7 @@ def load_artifact(
         resident_bytes=resident_bytes(model, dict(weights.resident_bytes)),
         load_seconds=time.perf_counter() - started,
         execution=execution,
+        tokenizer_bytes=tokenizer_bytes,
     )
 
 

@@ -52,6 +52,12 @@ class PagedKVCache:
         return self._keys.nbytes + self._values.nbytes
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All that it takes its bytes with."""
+        tensors = (self._keys.codes, self._keys.scales, self._values.codes, self._values.scales)
+        return [tensor for tensor in tensors if tensor is not None]
+
+    @property
     def dtype(self) -> torch.dtype:
         """In which keys and values are kept."""
         return self._keys.codes.dtype

@@ -104,6 +104,11 @@ class NativeLlama:
         """Bytes of one of its blocks."""
         return NativeKVCache.bytes_per_block(self.config, self.cache_dtype)
 
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes of what operators hand to each other, and of the positions' tables."""
+        return self._programs.nbytes
+
     def _layer_cache(self, num_blocks: int) -> NativeKVCache:
         return NativeKVCache(self.config, num_blocks, self.cache_dtype, num_layers=1)
 

@@ -52,8 +52,13 @@ class NativeKVCache:
     @property
     def nbytes(self) -> int:
         """Bytes that the cache takes."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it takes its bytes with."""
         tensors = (self._keys, self._values, self._key_scale, self._value_scale)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return [tensor for tensor in tensors if tensor is not None]
 
     def layer(self, index: int) -> CacheLayer:
         """The memory of one layer."""

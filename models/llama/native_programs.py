@@ -69,6 +69,11 @@ class Buffers:
         hidden, qkv, attended, inner = (torch.empty(num_rows, width) for width in buffer_widths(config))
         return cls(hidden, qkv, attended, inner, torch.empty(num_logits, config.vocab_size))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(part.nbytes for part in (self.hidden, self.qkv, self.attended, self.inner, self.logits))
+
 
 class NativePrograms:
     """The operators of one network over each of its caches, kept as long as that lives. For one thread at a time."""
@@ -105,6 +110,11 @@ class NativePrograms:
         if has_head not in made:
             made[has_head] = self._program(cache, self._buffers, has_head)
         return made[has_head], self._buffers
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers and of the tables of positions."""
+        return self._buffers.nbytes + self._rotary.cosines.nbytes + self._rotary.sines.nbytes
 
     def _reserve_positions(self, num_positions: int) -> None:
         self._num_positions = num_positions

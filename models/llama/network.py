@@ -28,6 +28,11 @@ class KVCache(Protocol):
         ...
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All that it takes its bytes with."""
+        ...
+
+    @property
     def has_block_tables(self) -> bool:
         """Spans name their blocks (``SequenceSpan.block_table``), not their slots."""
         ...

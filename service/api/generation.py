@@ -196,6 +196,7 @@ def start(
             tokens = ChoiceTokens(context.speller, request, echo is not None)
             call.choices[request_id] = Choice(len(call.choices), tokens, choice == 0, echo or "")
             requests.append(request)
+    call.generation.sampling = replace(sampling, max_tokens=max(max_tokens))
     call.generation.start(requests)
 
 

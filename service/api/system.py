@@ -11,6 +11,7 @@ from ..errors import ApiError
 from .admission import RETRY_SECONDS
 
 router = APIRouter()
+metrics_router = APIRouter()
 
 
 @router.get("/v1/models", summary="List models")
@@ -34,13 +35,15 @@ async def live() -> dict[str, str]:
 
 @router.get("/health/ready", summary="May requests be sent here?")
 async def ready(context: ContextDep) -> JSONResponse:
-    """200 while requests are taken; 503 while the model loads, the server shuts down or the engine has failed."""
-    if not context.engine.is_ready:
-        raise ApiError(503, "The server does not take requests now.", headers=RETRY_SECONDS)
+    """200 while requests are taken; 503 while the model loads, the server shuts down, the engine has failed, or the
+    model does not predict the artifact's probe as it did when it was built."""
+    problem = context.problem
+    if problem is not None:
+        raise ApiError(503, problem, headers=RETRY_SECONDS)
     return JSONResponse({"status": "ok"})
 
 
-@router.get("/metrics", summary="Prometheus metrics")
+@metrics_router.get("/metrics", summary="Prometheus metrics")
 def metrics(request: Request, context: ContextDep) -> Response:
     """All metrics, in the format that the scraper asks for."""
     encode, content_type = choose_encoder(request.headers.get("accept", ""))

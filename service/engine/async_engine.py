@@ -12,7 +12,7 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from .admission import Admission, DrainingError
 from .engine import Engine, RequestOutput
@@ -48,6 +48,7 @@ class AsyncEngine:
         self._step_timeout_seconds = step_timeout_seconds
         self._step_started: float | None = None
         self._generations: dict[str, Generation] = {}
+        self._background: Generation | None = None
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._is_stopping = False
@@ -94,8 +95,8 @@ class AsyncEngine:
 
     @property
     def num_running(self) -> int:
-        """Sequences that are computed in every step."""
-        return len(self._engine.scheduler.running)
+        """Sequences that are computed in every step, but for those that nobody waits for."""
+        return sum(not request.is_background for request in list(self._engine.scheduler.running))
 
     @property
     def num_deferred(self) -> int:
@@ -149,7 +150,27 @@ class AsyncEngine:
         """
         if self.is_draining or self.failure is not None:
             raise DrainingError
-        return Generation(self, self.admission.reserve(num_sequences, num_tokens), keeps_seats)
+        reservation = self.admission.reserve(num_sequences, num_tokens)
+        if self._background is not None:
+            self._background.give_way()
+        return Generation(self, reservation, keeps_seats)
+
+    @contextlib.contextmanager
+    def background(self) -> Iterator[Generation | None]:
+        """A call without a seat for what nobody waits for, closed with the context; None: the engine has better to do.
+
+        It ends with ``GaveWayError`` as soon as another call is admitted.
+        """
+        if not (self.is_idle and self.is_running) or self.is_draining or self._background is not None:
+            yield None
+            return
+        no_seats = Admission(1, None, self._engine.throughput)
+        self._background = Generation(self, no_seats.reserve(1, 0))
+        try:
+            yield self._background
+        finally:
+            self._background.close()
+            self._background = None
 
     def add(self, generation: Generation, requests: Sequence[Request]) -> None:
         """Queue ``requests``; their outputs go to ``generation``."""

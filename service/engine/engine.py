@@ -58,6 +58,9 @@ class EngineObserver:
         """A row of logits held NaN or infinity."""
 
 
+_NOBODY = EngineObserver()
+
+
 class RequestOutput(NamedTuple):
     """What one step gave one request: ``text`` to append; with ``finish_reason`` it is the last one.
 
@@ -169,10 +172,11 @@ class Engine:
             self.scheduler.advance(request, num_new - len(draft))
             if request.scheduled_seconds is None:
                 request.scheduled_seconds = started
-                self._observer.request_started(request)
+                self._observer_of(request).request_started(request)
         num_tokens = sum(item.num_tokens for item in scheduled)
-        self._observer.step_ran(num_tokens)
-        self.throughput.step_ran(num_tokens, self.clock() - started)
+        if not scheduled[0].request.is_background:  # which only runs alone
+            self._observer.step_ran(num_tokens)
+            self.throughput.step_ran(num_tokens, self.clock() - started)
         self.health.step_succeeded()
         self._count_drafts(scheduled, tokens)
         return tokens, scores
@@ -261,4 +265,8 @@ class Engine:
             self.throughput.request_finished(request.num_output_tokens)
         del self._requests[request.request_id]
         del self._texts[request.request_id]
-        self._observer.request_finished(request)
+        self._observer_of(request).request_finished(request)
+
+    def _observer_of(self, request: Request) -> EngineObserver:
+        """Who is told of ``request``: what nobody waits for is not counted with what somebody does."""
+        return _NOBODY if request.is_background else self._observer

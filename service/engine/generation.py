@@ -6,11 +6,15 @@ from typing import Protocol
 
 from .admission import Reservation
 from .engine import RequestOutput
-from .request import Request
+from .request import Request, SamplingParams
 
 
 class DeadlineExceededError(Exception):
     """The call took longer than it may; what was left of it is aborted."""
+
+
+class GaveWayError(Exception):
+    """The call was one that nobody waits for, and another one came; what was left of it is aborted."""
 
 
 class GenerationEngine(Protocol):
@@ -33,7 +37,9 @@ class Generation:
     """One call in the engine. Whoever gets one from ``AsyncEngine.admit`` closes it; closing aborts what is unfinished.
 
     keeps_seats:          a request's end does not free its seat: the next one of the same call takes it
-    first_output_seconds: when its first output came, on the engine's clock
+    first_output_seconds: when its first output came, on the engine's clock; ``last_output_seconds`` likewise
+    sampling:             how its tokens are chosen, with the largest ``max_tokens``; None: it wants none
+    finish_reasons:       of its requests that have ended, in that order
     cache_salt:           keeps what it leaves in the prefix cache apart from what others do
     is_expired:           its deadline passed before it was closed
     """
@@ -41,13 +47,16 @@ class Generation:
     def __init__(self, engine: GenerationEngine, reservation: Reservation, keeps_seats: bool = False) -> None:
         self.arrival_seconds = engine.clock()
         self.first_output_seconds: float | None = None
+        self.last_output_seconds = 0.0
+        self.sampling: SamplingParams | None = None
+        self.finish_reasons: list[str] = []
         self.num_prompt_tokens = 0
         self.is_expired = False
         self.cache_salt = ""
         self._engine = engine
         self._reservation = reservation
         self._keeps_seats = keeps_seats
-        self._outputs: asyncio.Queue[RequestOutput | None] = asyncio.Queue()
+        self._outputs: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
         self._unfinished: set[str] = set()
         self._is_started = False
         self._queued_tokens: dict[str, int] = {}
@@ -63,6 +72,11 @@ class Generation:
     def num_output_tokens(self) -> int:
         """Tokens generated so far, of all requests together."""
         return sum(self._num_output_tokens.values())
+
+    @property
+    def longest_output(self) -> int:
+        """Tokens of the request that has got the most."""
+        return max(self._num_output_tokens.values(), default=0)
 
     def expire_after(self, seconds: float) -> None:
         """End this call with ``DeadlineExceededError`` in ``seconds``."""
@@ -91,21 +105,25 @@ class Generation:
 
         Raises:
             DeadlineExceededError: time is up.
+            GaveWayError: another call came, and nobody waits for this one.
         """
         while not (self.is_finished and self._outputs.empty()):
             output = await self._outputs.get()
-            if output is None:
-                raise DeadlineExceededError
+            if isinstance(output, Exception):
+                raise output
             yield output
 
     def deliver(self, output: RequestOutput) -> None:
         """Take an output from the engine; a request's last one frees its seat even if nobody reads it."""
         self._outputs.put_nowait(output)
-        if self.first_output_seconds is None and output.num_output_tokens:
-            self.first_output_seconds = self._engine.clock()
+        if output.num_output_tokens:
+            self.last_output_seconds = self._engine.clock()
+            if self.first_output_seconds is None:
+                self.first_output_seconds = self.last_output_seconds
         self._num_output_tokens[output.request_id] = output.num_output_tokens
         is_last = output.finish_reason is not None
-        if is_last:
+        if output.finish_reason is not None:
+            self.finish_reasons.append(output.finish_reason.value)
             self._unfinished.discard(output.request_id)
         if not self._keeps_seats and (is_last or output.num_output_tokens):  # its prompt waits no longer
             self._reservation.release(int(is_last), self._queued_tokens.pop(output.request_id, 0))
@@ -118,10 +136,15 @@ class Generation:
         self._unfinished = set()
         self._reservation.close()
 
+    def give_way(self) -> None:
+        """End this call with ``GaveWayError``."""
+        self._engine.abort(self._unfinished)
+        self._outputs.put_nowait(GaveWayError())
+
     def _expire(self) -> None:
         # Only its reader is late; but a call that keeps its seats may be about to start its next request.
         if self._is_started and self.is_finished and not self._keeps_seats:
             return
         self.is_expired = True
         self._engine.abort(self._unfinished)
-        self._outputs.put_nowait(None)
+        self._outputs.put_nowait(DeadlineExceededError())

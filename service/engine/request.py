@@ -101,6 +101,7 @@ class Request:
     score_from:          first prompt token that is still to be scored, if the prompt is; the very first never is, as it
                          has nothing to follow from
     cache_salt:          requests share cached prefixes only with those of the same one, and of the same rank
+    is_background:       nobody waits for it: small steps, none of what it computed is found by others or counted
     rank:                leading components of every correction that it gets; None: all
     block_table:         cache blocks it holds, in the order of its tokens
     block_keys:          what its leading full blocks are found by, as far as that was asked for
@@ -118,6 +119,7 @@ class Request:
     score_from: int = 1
     cache_salt: str = ""
     rank: int | None = None
+    is_background: bool = False
     output_token_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)

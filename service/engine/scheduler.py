@@ -23,6 +23,9 @@ from .block_manager import BlockManager
 from .ngram import Drafter
 from .request import FinishReason, Request
 
+BACKGROUND_TOKENS = 64
+"""Of one step of a request that nobody waits for: what the next one that somebody does wait for may have to sit out."""
+
 
 class ScheduledRequest(NamedTuple):
     """``num_tokens`` tokens of ``request``, from its first uncomputed one on, are computed in this step.
@@ -89,9 +92,10 @@ class Scheduler:
         budget = self.max_num_batched_tokens - sum(item.num_tokens for item in step)
         being_computed: set[bytes] = set()
         for request in self._prompts():
-            if not (request.block_table or self._has_started(request, budget, being_computed)):
+            room = min(budget, BACKGROUND_TOKENS) if request.is_background else budget
+            if not (request.block_table or self._has_started(request, room, being_computed)):
                 break
-            num_tokens = self._chunk(request.num_computed_tokens, request.num_tokens, budget)
+            num_tokens = self._chunk(request.num_computed_tokens, request.num_tokens, room)
             if num_tokens == 0:
                 break
             is_last_chunk = num_tokens == request.num_uncomputed_tokens
@@ -108,7 +112,7 @@ class Scheduler:
         num_before = request.num_computed_tokens // size
         request.num_computed_tokens += num_tokens
         num_full = request.num_computed_tokens // size
-        if num_full > num_before and self.blocks.has_prefix_cache:
+        if num_full > num_before and self.blocks.has_prefix_cache and not request.is_background:
             keys, table = keys_of(request, num_full, size), request.block_table
             for index in range(num_before, num_full):
                 table[index] = self.blocks.publish(table[index], keys[index])
@@ -212,7 +216,7 @@ class Scheduler:
 
     def _keys_of(self, request: Request, num_tokens: int) -> list[bytes]:
         """Keys of the full blocks of the first ``num_tokens`` tokens; none where blocks are not to be found."""
-        if not self.blocks.has_prefix_cache:
+        if request.is_background or not self.blocks.has_prefix_cache:
             return []
         num_blocks = num_tokens // self.blocks.block_size
         return keys_of(request, num_blocks, self.blocks.block_size)[:num_blocks]

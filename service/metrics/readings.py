@@ -1,6 +1,7 @@
 """What is read when it is scraped: memory of the process, state of the engine and its cache, the served model."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from models.artifact.format import qerve_version
 from models.artifact.load import LoadedModel
@@ -10,9 +11,13 @@ from .. import memory
 from ..engine.async_engine import AsyncEngine
 from ..engine.block_manager import BlockManager
 from ..engine.scheduler import Scheduler
+from ..memory_account import MemoryAccount
 from ..model_info import ModelInfo
 from ..version import git_sha
 from .registry import Read, Reading
+
+if TYPE_CHECKING:
+    from ..deps import Context
 
 WEIGHT_COMPONENTS = {"lora_down": "lowrank_a", "lora_up": "lowrank_b"}
 """Manifest component -> label value: x passes through A (down) first, then B (up), as LoRA calls them."""
@@ -69,7 +74,21 @@ def read_cache(register: Register, cache: KVCache, scheduler: Scheduler, cache_d
     register("cache_config_info", lambda: [(config, 1)])
 
 
-def read_model(register: Register, loaded: LoadedModel, info: ModelInfo) -> None:
+def read_account(register: Register, account: MemoryAccount) -> None:
+    """What the resident memory of the process is for."""
+    register("memory_component_bytes", lambda: _by("component", account.components()))
+
+
+def read_context(register: Register, context: "Context") -> None:
+    """Whether requests may come, what rank they get, and the model that they get it of."""
+    engine, ranks = context.engine, context.ranks
+    register("ready", lambda: _one(context.problem is None))
+    register("elastic_rank", lambda: _one(ranks.rank_at(engine.num_waiting)))
+    register("elastic_rank_full", lambda: _one(ranks.full))
+    _read_model(register, context.loaded, context.info)
+
+
+def _read_model(register: Register, loaded: LoadedModel, info: ModelInfo) -> None:
     """What never changes about the served model."""
     manifest = loaded.manifest
     scheme = info.schemes[0] if info.schemes else {}

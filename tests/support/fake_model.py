@@ -28,6 +28,7 @@ BOS = 257
 VOCAB_SIZE = 258
 MODULUS = 9973
 CONTEXT = 256
+PROBE = list(b"a probe of the fake model")
 LETTERS = b"abcdefghijklmnopqrstuvwxyz ,."
 
 
@@ -233,13 +234,19 @@ class FakeParts:
         return LoadedModel(
             model=cast(Any, self.model),
             tokenizer=cast(Any, self.tokenizer),
-            manifest=fake_manifest(self.rank, self.method),
+            manifest=fake_manifest(self.rank, self.method, self.probe_nll()),
             selections={},
             weight_bytes={"packed": 1000, "scale": 100, "lora_up": 64, "lora_down": 32, "unquantized": 7},
             resident_bytes={"reference": 1200},
             load_seconds=0.5,
             execution=Execution({}, "a fake network"),
         )
+
+    def probe_nll(self) -> float:
+        """Of the probe, as the model scores it."""
+        states = [float(self.model.state(PROBE[:length])) for length in range(1, len(PROBE))]
+        logprobs = self.model.logits(torch.tensor(states)[:, None]).log_softmax(-1)
+        return -logprobs[range(len(states)), PROBE[1:]].mean().item()
 
 
 def fake_record(rank: int) -> LinearRecord:
@@ -261,7 +268,7 @@ def fake_record(rank: int) -> LinearRecord:
     )
 
 
-def fake_manifest(rank: int = 0, method: str = "qera-exact") -> Manifest:
+def fake_manifest(rank: int = 0, method: str = "qera-exact", probe_nll: float = 3.1) -> Manifest:
     embedding = TensorRecord(file="model.safetensors", dtype="BF16", shape=(4, 2), sha256="0" * 64)
     values: dict[str, Any] = {
         "format": "qerve-1",
@@ -276,7 +283,7 @@ def fake_manifest(rank: int = 0, method: str = "qera-exact") -> Manifest:
         "effective_bits": 4.75,
         "dense_bytes": 5000,
         "evaluation": {"quantized_perplexity": 27.7},
-        "probe": Probe(token_ids=tuple(b"a probe of the fake model"), dense_nll=3.0, quantized_nll=3.1),
+        "probe": Probe(token_ids=tuple(PROBE), dense_nll=3.0, quantized_nll=probe_nll),
         "manifest_sha256": "0" * 64,
     }
     draft = Manifest(**values)
