@@ -196,7 +196,7 @@ QUALITY = (
         "Of the probe text in the artifact, scored again and again. If it moves, weights or kernels are broken.",
     ),
     View(
-        "Ready", "short", (worst("qerve_ready", "{{instance}}", selector=PROCESS, function="min"),),
+        "Ready", "short", (worst("qerve_ready", "{{instance}}", function="min"),),
         "1 while requests are taken. Not ready: loading, draining, failed, or the canary left its tolerance.",
         kind="state",
     ),

@@ -10,6 +10,10 @@ capabilities:
   value: {{ .Values.artifact.modelName | quote }}
 - name: QERVE_DRAIN_TIMEOUT_SECONDS
   value: {{ .Values.drainSeconds | quote }}
+{{- if .Values.metrics.port }}
+- name: QERVE_METRICS_PORT
+  value: {{ .Values.metrics.port | quote }}
+{{- end }}
 {{- if .Values.gpu.enabled }}
 - name: QERVE_DEVICE
   value: cuda
