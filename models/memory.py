@@ -19,6 +19,9 @@ _M_ARENA_MAX = -8
 _LARGEST_THRESHOLD = 1 << 25
 _PAGE_MAP = Path("/proc/self/pagemap")
 _PAGES_AT_ONCE = 1 << 17
+_PROCESS_STATUS = Path("/proc/self/stat")
+_HEAP_START = 44
+"""Index of ``start_brk`` among the fields behind the command's name."""
 
 
 def anonymous_bytes() -> int:
@@ -110,9 +113,44 @@ def resident_tensor_bytes(tensor: Tensor) -> int | None:
 
     Memory that was allocated and never touched is not.
     """
+    return _resident_bytes(tensor.data_ptr(), tensor.nbytes)
+
+
+def free_heap_bytes() -> int | None:
+    """Bytes of glibc's heap that nobody uses and that are resident all the same; None: this is not glibc.
+
+    Of the main heap, which is all there is after ``share_one_heap``.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    account = getattr(library, "mallinfo2", None)
+    try:
+        start = int(_PROCESS_STATUS.read_text(encoding="ascii").rpartition(")")[2].split()[_HEAP_START])
+    except (OSError, ValueError):
+        return None
+    if account is None or library is None or not start:
+        return None
+    account.restype, library.sbrk.restype = _HeapAccount, ctypes.c_void_p
+    resident = _resident_bytes(start, library.sbrk(0) - start)
+    return None if resident is None else max(0, resident - account().uordblks)
+
+
+class _HeapAccount(ctypes.Structure):
+    """glibc's ``struct mallinfo2``; ``uordblks`` is what is in use of the heaps."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    )  # fmt: skip
+    uordblks: int
+
+
+def _resident_bytes(address: int, num_bytes: int) -> int | None:
+    """Bytes of the resident pages among those of ``num_bytes`` from ``address`` on; None: this system does not say."""
     page = mmap.PAGESIZE
-    start = tensor.data_ptr() // page
-    num_left = -(-(tensor.data_ptr() + tensor.nbytes) // page) - start if tensor.nbytes else 0
+    start = address // page
+    num_left = -(-(address + num_bytes) // page) - start if num_bytes else 0
     num_resident = 0
     try:
         with _PAGE_MAP.open("rb", buffering=0) as pages:  # 64 bits a page, the highest one set where it is present

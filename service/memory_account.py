@@ -7,8 +7,9 @@ against what the system says.
     weights      as the backends keep them
     kv_cache     pages of the key-value cache that have been touched, as the kernel counts them
     workspace    what operators hand to each other, and tables of positions
+    allocator    memory that was freed and that the C library keeps to hand out again
 
-What is left is fragments of the heap, stacks, and objects of requests.
+What is left is stacks, tables that are made when they are first asked for, and objects of requests.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 
 from models.artifact.load import LoadedModel
 from models.llama.network import KVCache
-from models.memory import resident_tensor_bytes
+from models.memory import free_heap_bytes, resident_tensor_bytes
 
 from .memory import process_memory
 
@@ -42,6 +43,7 @@ class MemoryAccount:
             "weights": self._weight_bytes(),
             "kv_cache": self._cache_bytes(),
             "workspace": getattr(self.loaded.model, "workspace_bytes", 0),
+            "allocator": free_heap_bytes(),
         }
         return {name: size for name, size in parts.items() if size is not None}
 

@@ -75,7 +75,6 @@ class HttpMetricsMiddleware:
     def _finish(self, scope: Scope, status: int, seconds: float) -> None:
         method = scope["method"] if scope["method"] in _METHODS else "other"
         path = getattr(scope.get("route"), "path_format", UNMATCHED)
-        self._metrics.http_finished(method, path, status, seconds)
         record = record_of(scope)
         call = record.generation
         if call is not None and call.is_expired:
@@ -85,6 +84,7 @@ class HttpMetricsMiddleware:
         if self._telemetry is not None:
             self._telemetry.request_finished(record, Headers(scope=scope), method, path, status)
         log_access(record, method, path, status)
+        self._metrics.http_finished(method, path, status, seconds)
 
 
 class ErrorBoundaryMiddleware:

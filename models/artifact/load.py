@@ -154,8 +154,8 @@ def load_artifact(
         return_freed_memory()
         before = anonymous_bytes()
         tokenizer = _tokenizer(reader)
+        return_freed_memory()
         tokenizer_bytes = max(0, anonymous_bytes() - before)
-    return_freed_memory()
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
