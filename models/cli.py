@@ -107,6 +107,9 @@ def inspect(
     """Show what is in an artifact, and which kernel backend would run each layer here."""
     from .artifact.execution import RunOptions
     from .artifact.inspect import inspect_artifact
+    from .build.host_memory import predict_host_memory
 
     options = RunOptions(backend, activations)
-    print_inspection(inspect_artifact(artifact, device, verify, options), layers=layers, as_json=as_json)
+    inspection = inspect_artifact(artifact, device, verify, options)
+    memory = predict_host_memory(artifact) if device == "cpu" and backend == "auto" else None
+    print_inspection(inspection, memory, layers=layers, as_json=as_json)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -16,6 +17,7 @@ from .plain import finite
 if TYPE_CHECKING:
     from .artifact.inspect import Inspection
     from .build import BuildReport
+    from .build.host_memory import HostMemory
 
 MIB = 2**20
 WIDE = 120
@@ -114,12 +116,14 @@ def print_build_report(report: "BuildReport", *, as_json: bool) -> None:
     _print_rows(report.artifact, rows)
 
 
-def print_inspection(inspection: "Inspection", *, layers: bool, as_json: bool) -> None:
-    """What is in an artifact."""
+def print_inspection(
+    inspection: "Inspection", memory: "HostMemory | None" = None, *, layers: bool, as_json: bool
+) -> None:
+    """What is in an artifact, and the ``memory`` that serving it would take."""
     if as_json:
-        print_json(inspection.to_dict())
+        print_json(inspection.to_dict() | ({} if memory is None else {"host_memory": asdict(memory)}))
         return
-    _print_rows(str(inspection.path), inspection.summary_rows())
+    _print_rows(str(inspection.path), inspection.summary_rows() | ({} if memory is None else memory.rows()))
     if layers:
         table = Table("layer", "bits", "group", "rank", "effective bits", "weight error", "output error", "backend")
         for column in (table.columns[0], table.columns[-1]):

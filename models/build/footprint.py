@@ -51,7 +51,7 @@ def component_bytes(checkpoint: Checkpoint, config: BuildConfig, choices: Mappin
         if choice.rank:
             _add_factors(sizes, config, shape, choice.rank, has_single_factor=has_single_factor)
     sizes["unquantized"] += unquantized_bytes(checkpoint, config)
-    for path, kind in _vocabulary_kinds(checkpoint, config).items():
+    for path, kind in _vocabulary_kinds(checkpoint.config, config).items():
         component: Component = "head" if path == HEAD else "embedding"
         sizes[component] += round(kind.choice.stored_bits / 8)
     return dict(sizes)
@@ -93,24 +93,25 @@ def unquantized_bytes(checkpoint: Checkpoint, config: BuildConfig) -> int:
     )
 
 
-def resident_bytes(
-    checkpoint: Checkpoint, config: BuildConfig, choices: Mapping[str, Choice], device: torch.device
-) -> int:
-    """Weights as they are kept while serving on ``device``, by the backends that would run the layers, and the rest."""
-    shapes, dtype = checkpoint.config.linear_shapes(), default_dtype(device)
+def resident_bytes(dense: LlamaConfig, config: BuildConfig, choices: Mapping[str, Choice], device: torch.device) -> int:
+    """Weights as they are kept while serving on ``device``, by the backends that would run the layers, and the rest.
+
+    dense: shape of the network, whether or not it says that embedding and head are quantized
+    """
+    shapes, dtype = dense.linear_shapes(), default_dtype(device)
     kinds_of = {
         path: _Kind(shapes[path], choice, rotation_block(config, path, shapes[path].in_features))
         for path, choice in choices.items()
     }
     kinds = Counter(kinds_of.values())
     total = sum(number * _layer_bytes(kind, config, device) for kind, number in kinds.items())
-    network = checkpoint.config.with_vocabulary(config.vocabulary)
+    network = dense.with_vocabulary(config.vocabulary)
     if _is_fused(network, kinds, config, device):
         shared = sum(
             4 * shapes[path].in_features for path in choices if _shares_channel_order(path, kinds_of[path], config)
         )
-        return total - shared + _fused_rest_bytes(checkpoint, network, config, device)
-    total += _vocabulary_resident_bytes(checkpoint, config, device)
+        return total - shared + _fused_rest_bytes(dense, network, config, device)
+    total += _vocabulary_resident_bytes(dense, config, device)
     for shape in network.unquantized_shapes().values():
         total += math.prod(shape) * (_MATRIX_BYTES if len(shape) > 1 else dtype.itemsize)
     return total
@@ -147,20 +148,20 @@ class _Kind:
         )
 
 
-def _vocabulary_kinds(checkpoint: Checkpoint, config: BuildConfig) -> dict[str, _Kind]:
+def _vocabulary_kinds(dense: LlamaConfig, config: BuildConfig) -> dict[str, _Kind]:
     """Embedding and head by module path, as far as they are quantized."""
     kinds = {}
-    for path, shape in checkpoint.config.with_vocabulary(config.vocabulary).vocabulary_shapes().items():
+    for path, shape in dense.with_vocabulary(config.vocabulary).vocabulary_shapes().items():
         scheme = config.vocabulary.scheme(path, shape.in_features)
         bits = scheme.weight_bits(shape.in_features) * shape.out_features * shape.in_features
         kinds[path] = _Kind(shape, Choice(scheme, 0, bits), 0)
     return kinds
 
 
-def _vocabulary_resident_bytes(checkpoint: Checkpoint, config: BuildConfig, device: torch.device) -> int:
+def _vocabulary_resident_bytes(dense: LlamaConfig, config: BuildConfig, device: torch.device) -> int:
     """Quantized embedding and head as they are kept: one for both only where the head's backend gives single rows."""
-    kinds, plain = _vocabulary_kinds(checkpoint, config), replace(config, activations=None)
-    is_shared = checkpoint.config.tie_word_embeddings and HEAD not in kinds
+    kinds, plain = _vocabulary_kinds(dense, config), replace(config, activations=None)
+    is_shared = dense.tie_word_embeddings and HEAD not in kinds
     total = 0
     for path, kind in kinds.items():
         if path == HEAD or is_shared:
@@ -184,9 +185,9 @@ def _shares_channel_order(path: str, kind: _Kind, config: BuildConfig) -> bool:
     return has_order and path.endswith(("k_proj", "v_proj", "up_proj"))
 
 
-def _fused_rest_bytes(checkpoint: Checkpoint, network: LlamaConfig, config: BuildConfig, device: torch.device) -> int:
+def _fused_rest_bytes(dense: LlamaConfig, network: LlamaConfig, config: BuildConfig, device: torch.device) -> int:
     """Norms, embedding and head as the native kernels read them."""
-    kinds, plain = _vocabulary_kinds(checkpoint, config), replace(config, activations=None)
+    kinds, plain = _vocabulary_kinds(dense, config), replace(config, activations=None)
     gains = sum(math.prod(shape) for shape in network.unquantized_shapes().values() if len(shape) == 1)
     total = gains * torch.float32.itemsize
     num_rows, width = network.vocab_size, network.hidden_size

@@ -124,7 +124,7 @@ def _summary(
         component_bytes=components,
         artifact_bytes=sum(components.values()) + sum(map(len, checkpoint.tokenizer_files.values())),
         dense_bytes=checkpoint.dense_bytes,
-        resident_bytes=resident_bytes(checkpoint, config, chosen, device),
+        resident_bytes=resident_bytes(checkpoint.config, config, chosen, device),
         kv_cache_bytes=kv_cache_bytes(checkpoint.config, device),
         build_memory_bytes=build_memory_bytes(checkpoint.config, config),
         training_memory_bytes=training_memory_bytes(checkpoint.config, config, device),
