@@ -35,7 +35,7 @@ NATIVE_TESTS = $(CMAKE) --build build/$(1) --target qerve_cpu_tests && $(CTEST) 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help venv native native-test native-neon demo model test test-all bench quality tree clean
+.PHONY: help venv native native-test native-neon demo model ops-tools test test-all bench quality tree clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -71,8 +71,12 @@ demo: $(VENV)/.installed native ## quantize a small real model, serve it, try it
 model: $(VENV)/.created ## fetch the small real model that the demo and some tests use
 	@$(BIN)/python -m tools.fetch_model
 
+ops-tools: $(VENV)/.created ## fetch Prometheus, Alertmanager and Helm, with which tests check deploy/
+	@$(BIN)/python -m tools.fetch_ops_tools
+
 test: $(VENV)/.installed-dev native ## run the tests, without those marked slow
 	@$(BIN)/python -m tools.fetch_model || echo "tests with the real model will be skipped"
+	@$(BIN)/python -m tools.fetch_ops_tools || echo "tests with the missing programs will be skipped"
 	@$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: $(VENV)/.installed-dev native model ## run every test, with the real model

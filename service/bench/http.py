@@ -5,7 +5,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from models.bench.workload import Workload
 
 from ..app import create_app
 from ..listener import bind
+from ..metrics import Metrics
 from ..server import DrainingServer
 from ..settings import Settings
 
@@ -32,14 +33,19 @@ def http_metric(num_sequences: int) -> str:
 
 
 @contextmanager
-def http_probe(loaded: LoadedModel, workload: Workload, num_sequences: int) -> Iterator[Probe]:
-    """A server for ``loaded`` and its client, up as long as the context.
+def http_probe(
+    loaded: LoadedModel,
+    workload: Workload,
+    num_sequences: int,
+    new_metrics: Callable[[str, int], Metrics] = Metrics,
+) -> Iterator[Probe]:
+    """A server for ``loaded`` and its client, up as long as the context; ``new_metrics`` as for ``create_app``.
 
     Raises:
         ProbeError: one of them does not start.
     """
     settings = Settings(model_name="bench", max_num_seqs=num_sequences, max_num_batched_tokens=None, api_key=None)
-    app = create_app(loaded, settings)
+    app = create_app(loaded, settings, new_metrics=new_metrics)
     vocab_size = loaded.model.config.vocab_size
     script = str(Path(__file__).with_name("http_client.py"))
     with bind(_HOST, 0) as listener, Worker("the HTTP client", [sys.executable, script]) as client:

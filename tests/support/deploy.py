@@ -1,4 +1,4 @@
-"""Just enough reading of Dockerfile, .dockerignore and PromQL to check them without their engines."""
+"""Just enough reading of Dockerfile and .dockerignore to check them without an engine."""
 
 import json
 import re
@@ -7,7 +7,6 @@ from fnmatch import fnmatch
 from pathlib import PurePosixPath
 
 PINNED_IMAGE = re.compile(r"[\w./-]+:v?\d+\.\d+\.\d+(-[\w.-]+)?")
-PROMQL_KEYWORDS = frozenset({"and", "or", "unless", "by", "without", "on", "ignoring", "bool", "offset", "group_left"})
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,15 @@ def dockerfile_instructions(text: str) -> list[Instruction]:
     return instructions
 
 
-def final_stage(instructions: list[Instruction]) -> list[Instruction]:
-    """The instructions of the image that is shipped."""
-    return [step for step in instructions if step.stage == instructions[-1].stage]
+def image_of(instructions: list[Instruction], target: str) -> list[Instruction]:
+    """What the image ``target`` is made of: the instructions of its stage after those of the stages it builds on."""
+    parents = {}
+    for step in (step for step in instructions if step.name == "FROM"):
+        image, _, name = step.arguments.partition(" AS ")
+        parents[name] = (image, step.stage)
+    base, stage = parents[target]
+    inherited = image_of(instructions, base) if base in parents else []
+    return [*inherited, *(step for step in instructions if step.stage == stage)]
 
 
 def environment_of(stage: list[Instruction]) -> dict[str, str]:
@@ -70,18 +75,3 @@ def _matches(path: str, pattern: str) -> bool:
     if pattern.startswith("**/"):
         return fnmatch(PurePosixPath(path).name, pattern[3:])
     return path.count("/") == pattern.count("/") and fnmatch(path, pattern)
-
-
-def promql_metrics(expression: str) -> set[str]:
-    """Names of the series that ``expression`` selects."""
-    bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\"[^\"]*\"", " ", expression)
-    bare = re.sub(r"\b(by|without|on|ignoring)\s*\([^)]*\)", " ", bare)
-    names = re.findall(r"(?<![\w.$])([a-zA-Z_:][\w:]*)\b(?!\s*\()", bare)
-    return set(names) - PROMQL_KEYWORDS
-
-
-def promql_labels(expression: str) -> set[str]:
-    """Labels that ``expression`` matches on or groups by."""
-    matched = re.findall(r"[{,]\s*(\w+)\s*(?:=~|!~|!=|=)", expression)
-    grouped = re.findall(r"\b(?:by|without|on|ignoring)\s*\(([^)]*)\)", expression)
-    return {*matched, *(name.strip() for group in grouped for name in group.split(",") if name.strip())}

@@ -10,31 +10,23 @@ from typing import Any
 
 import pytest
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
+from grafana_foundation_sdk.models import dashboard as grafana
 
-from service import memory
-from tests.support.api_server import live_server
-from tests.support.deploy import promql_labels, promql_metrics
+from tests.support.promql import Series, exposed_series, problems, read
+from tools.dashboard import build, to_json
 
 ROOT = Path(__file__).resolve().parents[2]
 GRAFANA = ROOT / "deploy" / "grafana"
-SCRAPE_LABELS = {"job", "instance"}  # Prometheus adds them
+ROWS = ["Traffic", "Latency", "Saturation", "Memory", "Quality"]
 REQUIRED = {
     "qerve_num_requests_running", "qerve_num_requests_waiting", "qerve_kv_cache_usage_perc",
     "qerve_prompt_tokens_total", "qerve_generation_tokens_total", "qerve_request_success_total",
     "qerve_time_to_first_token_seconds_bucket", "qerve_inter_token_latency_seconds_bucket",
     "qerve_e2e_request_latency_seconds_bucket", "process_resident_memory_bytes", "qerve_process_memory_bytes",
-    "qerve_cgroup_memory_bytes", "qerve_cuda_memory_bytes", "qerve_model_weight_bytes",
+    "qerve_cgroup_memory_bytes", "qerve_cuda_memory_bytes", "qerve_model_weight_bytes", "qerve_oom_headroom_bytes",
     "qerve_model_effective_bits_per_weight", "qerve_requests_rejected_total", "qerve_perplexity_requests_total",
+    "qerve_canary_perplexity", "qerve_nonfinite_logits_total", "qerve_ready",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Series:
-    """What the service says about one metric."""
-
-    labels: frozenset[str]
-    is_counter: bool
 
 
 @dataclass(frozen=True)
@@ -53,22 +45,7 @@ def dashboard() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def exposed() -> dict[str, Series]:
-    """Scraped from a server that has answered, scored and refused something, and that has a GPU and a container."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "cuda_memory", lambda: {(0, "allocated"): 1})
-        patch.setattr(memory, "cgroup_memory", lambda: {"current": 1, "max": 2})
-        patch.setattr(memory, "process_memory", lambda: {"rss_anon": 1})
-        with live_server() as server:
-            answered = server.post("/v1/completions", json={"model": "fake", "prompt": "hello", "max_tokens": 3})
-            scored = server.post("/v1/perplexity", json={"model": "fake", "text": "hello world"})
-            assert (answered.status_code, scored.status_code) == (200, 200)
-            server.context.metrics.rejected("queue_full")
-            text = server.get("/metrics").text
-    return {
-        sample.name: Series(frozenset(sample.labels), family.type in {"counter", "histogram"})
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
+    return exposed_series()
 
 
 def panels_of(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
@@ -82,41 +59,59 @@ def queries_of(dashboard: dict[str, Any]) -> Iterator[Query]:
             yield Query(panel["title"], target["expr"], legend)
 
 
-def problems(query: Query, exposed: dict[str, Series]) -> list[str]:
-    """What ``query`` asks for that is not there."""
-    metrics = promql_metrics(query.expression)
-    unknown = metrics - exposed.keys()
-    if unknown or not metrics:
-        return [f"{query.title}: no such metric {sorted(unknown)} in {query.expression}"]
-    known = SCRAPE_LABELS.union(*(exposed[name].labels for name in metrics))
-    found = [f"{query.title}: no label {name}" for name in promql_labels(query.expression) - known]
-    rated = set(re.findall(r"\b(?:rate|increase)\(\s*(\w+)", query.expression))
-    found += [f"{query.title}: the rate of the gauge {name}" for name in rated if not exposed[name].is_counter]
-    found += [f"{query.title}: the bare counter {n}" for n in metrics - rated if exposed[n].is_counter]
-    grouped = set().union(*(g.replace(" ", "").split(",") for g in re.findall(r"\bby \(([^)]*)\)", query.expression)))
-    found += [
-        f"{query.title}: the legend shows {name}, which is aggregated away" for name in query.legend_labels - grouped
-    ]
-    return found
+def complaints(query: Query, exposed: dict[str, Series]) -> list[str]:
+    """What ``query`` asks for that is not there, or shows that is aggregated away."""
+    hidden = query.legend_labels - read(query.expression).grouped
+    found = problems(query.title, query.expression, exposed)
+    return found + [f"{query.title}: the legend shows {name}, which is aggregated away" for name in hidden]
 
 
 def test_every_query_selects_what_the_service_exposes(dashboard: dict[str, Any], exposed: dict[str, Series]) -> None:
-    assert [problem for query in queries_of(dashboard) for problem in problems(query, exposed)] == []
+    assert [problem for query in queries_of(dashboard) for problem in complaints(query, exposed)] == []
 
 
 def test_dashboard_shows_traffic_latency_tokens_memory_and_weights(dashboard: dict[str, Any]) -> None:
-    used = set().union(*(promql_metrics(query.expression) for query in queries_of(dashboard)))
+    used = set().union(*(read(query.expression).metrics for query in queries_of(dashboard)))
     assert REQUIRED - used == set()
 
 
-def test_model_variable_lists_values_of_an_exposed_label(dashboard: dict[str, Any], exposed: dict[str, Series]) -> None:
-    (variable,) = dashboard["templating"]["list"]
-    metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"]).groups()
-    assert label in exposed[metric].labels
-    assert variable["definition"] == variable["query"]["query"]
-    used = [query for query in queries_of(dashboard) if "$" + variable["name"] in query.expression]
-    assert all(f'{label}=~"${variable["name"]}"' in query.expression for query in used)
-    assert used
+def test_rows_are_the_five_aspects_on_one_time_axis(dashboard: dict[str, Any]) -> None:
+    assert [panel["title"] for panel in dashboard["panels"] if panel["type"] == "row"] == ROWS
+    assert not any("timeFrom" in panel or "timeShift" in panel for panel in dashboard["panels"])
+
+
+def test_variables_list_values_of_exposed_labels_and_every_query_heeds_them(
+    dashboard: dict[str, Any], exposed: dict[str, Series]
+) -> None:
+    names = [variable["name"] for variable in dashboard["templating"]["list"]]
+    assert names == ["model_name", "instance"]
+    for variable in dashboard["templating"]["list"]:
+        selector, label = re.fullmatch(r"label_values\((.+), (\w+)\)", variable["query"]["query"]).groups()
+        assert problems(variable["name"], selector, exposed) == []
+        assert label in exposed["qerve_num_requests_running"].labels | {"instance"}
+    for query in queries_of(dashboard):
+        asked = read(query.expression)
+        for metric in asked.metrics:
+            heeded = {label for name, label, value in asked.matches if (name, value) == (metric, f"${label}")}
+            assert heeded == {"instance"} | (exposed[metric].labels & {"model_name"}), query
+
+
+def test_dashboard_is_what_the_builder_writes_and_grafanas_classes_know_all_of_it(dashboard: dict[str, Any]) -> None:
+    assert to_json(build()) == (GRAFANA / "dashboards" / "qerve.json").read_text(encoding="utf-8"), (
+        "run python -m tools.dashboard"
+    )
+    assert json.loads(to_json(grafana.Dashboard.from_json(dashboard))) == dashboard
+
+
+def test_field_that_grafana_does_not_know_is_noticed(dashboard: dict[str, Any]) -> None:
+    misspelt = {**dashboard, "refersh": "10s"}
+    assert json.loads(to_json(grafana.Dashboard.from_json(misspelt))) != misspelt
+
+
+def test_alerts_are_marked_in_every_panel(dashboard: dict[str, Any]) -> None:
+    (annotation,) = dashboard["annotations"]["list"]
+    assert read(annotation["expr"]).metrics == {"ALERTS"}
+    assert annotation["enable"] is True
 
 
 def test_every_query_uses_the_provisioned_data_source(dashboard: dict[str, Any]) -> None:
@@ -153,12 +148,12 @@ def test_panels_have_their_own_ids_and_do_not_overlap(dashboard: dict[str, Any])
     ],
 )
 def test_wrong_query_is_noticed(exposed: dict[str, Series], expression: str, complaint: str) -> None:
-    assert complaint in " ".join(problems(Query("panel", expression, frozenset()), exposed))
+    assert complaint in " ".join(complaints(Query("panel", expression, frozenset()), exposed))
 
 
 def test_legend_of_an_aggregated_label_is_noticed(exposed: dict[str, Series]) -> None:
     query = Query("panel", "sum(qerve_model_weight_bytes)", frozenset({"component"}))
-    assert "aggregated away" in " ".join(problems(query, exposed))
+    assert "aggregated away" in " ".join(complaints(query, exposed))
 
 
 @pytest.mark.parametrize(
@@ -166,11 +161,11 @@ def test_legend_of_an_aggregated_label_is_noticed(exposed: dict[str, Series]) ->
     [
         ('a_total{job="b_total", x=~"$y"}', {"a_total"}, {"job", "x"}),
         ("sum by (le, c) (rate(a_bucket[$__rate_interval]))", {"a_bucket"}, {"le", "c"}),
-        ("a / on (x) group_left b:c unless d offset 5m", {"a", "b:c", "d"}, {"x"}),
+        ("a / on (x) group_left (y) b:c unless d offset 5m", {"a", "b:c", "d"}, {"x", "y"}),
         ("histogram_quantile(0.99, sum without (x) (a))", {"a"}, {"x"}),
         ("max(a) > bool 1e3", {"a"}, set()),
     ],
 )
 def test_names_are_read_from_promql(expression: str, metrics: set[str], labels: set[str]) -> None:
-    assert promql_metrics(expression) == metrics
-    assert promql_labels(expression) == labels
+    assert read(expression).metrics == metrics
+    assert read(expression).labels == labels

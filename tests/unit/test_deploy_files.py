@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.deploy import PINNED_IMAGE, Instruction, dockerfile_instructions, environment_of, final_stage
+from tests.support.deploy import PINNED_IMAGE, Instruction, dockerfile_instructions, environment_of, image_of
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE_PATH = ROOT / "docker-compose.yml"
@@ -34,7 +34,7 @@ def compose() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def image() -> list[Instruction]:
     """The instructions of the image that is shipped."""
-    return final_stage(dockerfile_instructions((ROOT / "Dockerfile").read_text(encoding="utf-8")))
+    return image_of(dockerfile_instructions((ROOT / "Dockerfile").read_text(encoding="utf-8")), "cpu")
 
 
 def mounts_of(service: dict[str, Any]) -> Iterator[tuple[str, str, bool]]:
@@ -55,8 +55,9 @@ def schema_check(path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
-def test_compose_file_follows_the_compose_schema() -> None:
-    checked = schema_check(COMPOSE_PATH)
+@pytest.mark.parametrize("path", [COMPOSE_PATH, ROOT / "deploy" / "compose.cuda.yml"], ids=lambda path: path.name)
+def test_compose_file_follows_the_compose_schema(path: Path) -> None:
+    checked = schema_check(path)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
@@ -83,7 +84,7 @@ def test_configuration_and_artifacts_are_mounted_read_only(compose: dict[str, An
     assert [source for source, _, is_read_only in binds if not is_read_only] == []
 
 
-@pytest.mark.parametrize("name", ["qerve", "prometheus", "grafana"])
+@pytest.mark.parametrize("name", ["qerve", "prometheus", "alertmanager", "grafana"])
 def test_compose_service_is_confined(compose: dict[str, Any], name: str) -> None:
     service = compose["services"][name]
     assert service["read_only"] is True
@@ -102,7 +103,7 @@ def test_service_has_a_writable_tmp_and_a_configurable_memory_limit(compose: dic
 
 def test_foreign_images_are_pinned_and_have_a_health_check(compose: dict[str, Any]) -> None:
     foreign = {name: service for name, service in compose["services"].items() if "build" not in service}
-    assert set(foreign) == {"prometheus", "grafana"}
+    assert set(foreign) == {"prometheus", "alertmanager", "grafana"}
     for service in foreign.values():
         assert PINNED_IMAGE.fullmatch(service["image"])
         assert service["healthcheck"]["test"][0] == "CMD"
@@ -112,6 +113,14 @@ def test_image_version_is_the_one_of_the_package(compose: dict[str, Any]) -> Non
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     assert compose["services"]["qerve"]["image"] == f"qerve:${{QERVE_VERSION:-{version}}}"
     assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_compose_builds_stages_that_there_are(compose: dict[str, Any]) -> None:
+    instructions = dockerfile_instructions((ROOT / "Dockerfile").read_text(encoding="utf-8"))
+    cuda = load_yaml("deploy/compose.cuda.yml")["services"]["qerve"]
+    for target in (compose["services"]["qerve"]["build"]["target"], cuda["build"]["target"]):
+        assert image_of(instructions, target)
+    assert cuda["image"] == compose["services"]["qerve"]["image"] + "-cuda"
 
 
 # --- Prometheus and Grafana ------------------------------------------------------------------------------------------
@@ -132,6 +141,23 @@ def test_prometheus_reads_the_mounted_configuration(compose: dict[str, Any]) -> 
     service = compose["services"]["prometheus"]
     configured = next(a.split("=", 1)[1] for a in service["command"] if a.startswith("--config.file="))
     assert (configured, True) in [(target, is_read_only) for _, target, is_read_only in mounts_of(service)]
+
+
+def test_prometheus_reads_the_mounted_rules_and_tells_alertmanager(compose: dict[str, Any]) -> None:
+    config = load_yaml("deploy/prometheus/prometheus.yml")
+    mounts = {target: source for source, target, _ in mounts_of(compose["services"]["prometheus"])}
+    (pattern,) = config["rule_files"]
+    assert list((ROOT / mounts[str(Path(pattern).parent)]).glob(Path(pattern).name))
+    (told,) = config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"]
+    host, port = told.split(":")
+    assert compose["services"][host]["ports"][0].endswith(f":{port}")
+
+
+def test_alertmanager_reads_the_mounted_configuration_and_joins_no_cluster(compose: dict[str, Any]) -> None:
+    service = compose["services"]["alertmanager"]
+    configured = next(a.split("=", 1)[1] for a in service["command"] if a.startswith("--config.file="))
+    assert (configured, True) in [(target, is_read_only) for _, target, is_read_only in mounts_of(service)]
+    assert "--cluster.listen-address=" in service["command"]
 
 
 def test_grafana_reaches_prometheus(compose: dict[str, Any]) -> None:
