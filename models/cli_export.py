@@ -88,7 +88,9 @@ def gguf(
         Literal["auto", "q4_0", "q4_1", "q5_0", "q8_0", "f16"],
         typer.Option("--type", help="Of the weights; auto: the smallest that holds each layer's codes exactly."),
     ] = "auto",
-    merge: Annotated[bool, typer.Option("--merge", help="Correction in the weights (q8_0 or f16), no adapter.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Correction in the weights (q8_0 or f16), no adapter.")
+    ] = False,
     pre_tokenizer: Annotated[
         str | None, typer.Option(help="tokenizer.ggml.pre, where the tokenizer does not tell.")
     ] = None,

@@ -1,6 +1,6 @@
 """``qerve export compose-adapter``: two LoRA adapters as one, for engines that take one per request.
 
-    A = [A1; A2],  B = [s1 B1, s2 B2]:   B A x = s1 B1 A1 x + s2 B2 A2 x
+A = [A1; A2],  B = [s1 B1, s2 B2]:   B A x = s1 B1 A1 x + s2 B2 A2 x
 """
 
 from pathlib import Path
@@ -25,8 +25,8 @@ def compose_adapters(export: Path, adapter: Path, out: Path) -> int:
         That rank.
 
     Raises:
-        ExportError: one of them is no plain LoRA adapter, they do not fit together, their ranks add up to more than vLLM
-            takes, or ``out`` exists.
+        ExportError: one of them is no plain LoRA adapter, they do not fit together, their ranks add up to more than
+            vLLM takes, or ``out`` exists.
     """
     if out.exists():
         raise ExportError(f"{out}: exists already; choose another directory")
@@ -37,7 +37,9 @@ def compose_adapters(export: Path, adapter: Path, out: Path) -> int:
     ranks = [max(len(down) for _, down in it.values()) for it in (own, user)]
     fitting = [rank for rank in VLLM_RANKS if rank >= sum(ranks)]
     if not fitting:
-        raise ExportError(f"{adapter}: ranks {ranks[0]} and {ranks[1]} add up to more than vLLM takes ({VLLM_RANKS[-1]})")
+        raise ExportError(
+            f"{adapter}: ranks {ranks[0]} and {ranks[1]} add up to more than vLLM takes ({VLLM_RANKS[-1]})"
+        )
     rank = fitting[0]
     dtype = torch.float32
     tensors: dict[str, Tensor] = {}

@@ -22,8 +22,8 @@ from ..types import QuantizedWeight
 from .source import cast_scale
 
 PACKED, SIGNED = "pack-quantized", "int-quantized"
-VERSION = "0.12.0"
-"""Of the library whose format this is; 4 and 8 bits have been the same since the first, other widths since 0.12."""
+VERSION = "0.20.0"
+"""Of the library whose format this is. 2, 4 and 8 bits have always been the same; 0.17 still padded other widths."""
 
 
 def packed_tensors(path: str, quantized: QuantizedWeight, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -115,4 +115,4 @@ def _input_arguments(activations: ActivationScheme) -> Mapping[str, Any]:
 def _words(codes: Tensor, num_bits: int) -> Tensor:
     """(rows, columns) uint8 -> (rows, words) int32: the artifact's bit stream, filled up to whole words."""
     stream = pack(codes, num_bits)
-    return F.pad(stream, (0, -stream.shape[1] % 4)).contiguous().view(torch.int32)
+    return F.pad(stream, (0, -stream.shape[1] % 4)).flatten().view(torch.int32).view(len(codes), -1)

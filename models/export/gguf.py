@@ -143,7 +143,7 @@ class _ModelWriter:
         for index in (None, *range(config.num_hidden_layers)):
             for name in source.dense_names(index):
                 yield self._dense_entry(name)
-            for path, shape in {} if index is None else config.layer_linear_shapes(index).items():  # type: ignore[union-attr]
+            for path, shape in {} if index is None else config.layer_linear_shapes(index).items():
                 kind, _ = self._kinds[path]
                 content = partial(self._weight, path)
                 yield Entry(gguf_name(f"{path}.weight"), kind, (shape.out_features, shape.in_features), content)
@@ -185,7 +185,9 @@ class _ModelWriter:
         scheme = weights.quantized.scheme
         is_plain = weights.input_scale is None and weights.channel_order is None and not weights.rotation_block
         fits = scheme.format == "int" and scheme.num_bits <= 4
-        return kind == Kind.Q4_1 and is_plain and fits and scheme.group_length(weights.quantized.in_features) % BLOCK == 0
+        return (
+            kind == Kind.Q4_1 and is_plain and fits and scheme.group_length(weights.quantized.in_features) % BLOCK == 0
+        )
 
     def _bias(self, path: str) -> npt.NDArray[Any]:
         bias = self._source.reader.linear(path).bias

@@ -11,7 +11,10 @@ from ..llama.gguf import GgufCheckpoint, gguf_name, undo_row_permutation
 from ..llama.tokenizer import Tokenizer
 from .source import ExportSource
 
-_TEXTS = ("The river runs past 24 old mills.\n\n  It's 1999, isn't it?", "def f(x):\n    return x + 1  # Ünïcödé 日本語 🙂")
+_TEXTS = (
+    "The river runs past 24 old mills.\n\n  It's 1999, isn't it?",
+    "def f(x):\n    return x + 1  # Ünïcödé 日本語 🙂",
+)
 
 
 class GgufBase:

@@ -82,8 +82,8 @@ def _recognised(content: Mapping[str, Any], where: str) -> str:
         if _steps(json.loads(example.to_str())["pre_tokenizer"]) == found and known.ignores_merges == ignores_merges:
             return name
     raise ExportError(
-        f"{where}: how its tokenizer cuts text is none of {', '.join(PRE_TOKENIZERS)}; if llama.cpp knows it by another "
-        "name (tokenizer.ggml.pre), give it with --pre-tokenizer"
+        f"{where}: how its tokenizer cuts text is none of {', '.join(PRE_TOKENIZERS)}; if llama.cpp knows it by "
+        "another name (tokenizer.ggml.pre), give it with --pre-tokenizer"
     )
 
 

@@ -1,9 +1,9 @@
 """GPTQ's checkpoint format, symmetric integers of 4 or 8 bits, as vLLM and the GPTQ libraries read it.
 
-    qweight (in * bits / 32, out) int32: codes packed along the input channels, lowest first
-    scales  (groups, out) float16
-    qzeros  (groups, out * bits / 32) int32: zero points less one (the first version's convention), along the outputs
-    g_idx   (in,) int32: the group of each input channel
+qweight (in * bits / 32, out) int32: codes packed along the input channels, lowest first
+scales  (groups, out) float16
+qzeros  (groups, out * bits / 32) int32: zero points less one (the first version's convention), along the outputs
+g_idx   (in,) int32: the group of each input channel
 """
 
 from typing import Any
@@ -27,7 +27,9 @@ def check_gptq(path: str, scheme: QuantScheme, shape: tuple[int, int]) -> None:
         )
     per_word = 32 // scheme.num_bits
     if shape[0] % per_word or shape[1] % per_word:
-        raise ExportError(f"{path}: {shape[0]} x {shape[1]} is not a multiple of {per_word} both ways; --format gptq not")
+        raise ExportError(
+            f"{path}: {shape[0]} x {shape[1]} is not a multiple of {per_word} both ways; --format gptq not"
+        )
 
 
 def gptq_tensors(path: str, quantized: QuantizedWeight) -> dict[str, Tensor]:
@@ -35,7 +37,7 @@ def gptq_tensors(path: str, quantized: QuantizedWeight) -> dict[str, Tensor]:
     bits, columns = quantized.scheme.num_bits, quantized.in_features
     num_groups = quantized.scheme.num_groups(columns)
     per_word = 32 // bits
-    words = pack(quantized.codes, bits).view(torch.int32)
+    words = pack(quantized.codes, bits).flatten().view(torch.int32).view(len(quantized.codes), -1)
     stored_zero = (1 << (bits - 1)) - 1
     zero_word = sum(stored_zero << (bits * index) for index in range(per_word))
     group = torch.arange(columns, dtype=torch.int32) // quantized.scheme.group_length(columns)

@@ -68,7 +68,8 @@ def plain_codes(path: str, weights: LinearWeights, remedy: str) -> QuantizedWeig
     if quantized.scheme.group_size != PER_CHANNEL:
         raise ExportError(
             f"{path}: its input channels are gathered in another order, and groups of {quantized.scheme.group_size} of "
-            f"them share a scale: no other engine gathers. Rebuild with --group-size -1 (one scale per row), or {remedy}"
+            "them share a scale: no other engine gathers. Rebuild with --group-size -1 (one scale per row), or "
+            f"{remedy}"
         )
     codes = torch.empty_like(quantized.codes).index_copy_(1, weights.channel_order.long(), quantized.codes)
     return replace(quantized, codes=codes)

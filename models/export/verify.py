@@ -213,7 +213,9 @@ def probe_tokens(source: ExportSource) -> Tensor:
     try:
         tokenizer = Tokenizer.from_files(source.reader.tokenizer_files)
     except CheckpointError as error:
-        raise ExportError(f"{source.reader.path}: its tokenizer cannot be used to make a probe text: {error}") from error
+        raise ExportError(
+            f"{source.reader.path}: its tokenizer cannot be used to make a probe text: {error}"
+        ) from error
     limit = min(PROBE_TOKENS, source.config.max_position_embeddings)
     return torch.tensor(tokenizer.encode(_TEXT)[:limit])
 

@@ -55,7 +55,9 @@ def plan_vllm(source: ExportSource, layout: Format, inputs: Inputs) -> VllmPlan:
     activations = _inputs(records, inputs, notes)
     schemes = {path: _as_integers(path, record.scheme) for path, record in records.items()}
     _check_fused(schemes)
-    groups = tuple((it, tuple(path for path in schemes if schemes[path] == it)) for it in dict.fromkeys(schemes.values()))
+    groups = tuple(
+        (it, tuple(path for path in schemes if schemes[path] == it)) for it in dict.fromkeys(schemes.values())
+    )
     if layout == "gptq":
         chosen = _plan_gptq(records, schemes, activations, len(groups))
     elif activations is None:
@@ -73,8 +75,8 @@ def _as_integers(path: str, scheme: QuantScheme) -> QuantScheme:
         return QuantScheme(scheme.num_bits, scheme.group_size, is_symmetric=True)
     if scheme.format != "int":
         raise ExportError(
-            f"{path}: codes of {scheme.format} are no integers, which vLLM's formats need; rebuild with --format int, or "
-            f"{DENSE_REMEDY}"
+            f"{path}: codes of {scheme.format} are no integers, which vLLM's formats need; rebuild with --format int, "
+            f"or {DENSE_REMEDY}"
         )
     return scheme
 
@@ -87,8 +89,8 @@ def _check_fused(schemes: Mapping[str, QuantScheme]) -> None:
             if others:
                 raise ExportError(
                     f"{path} is {scheme} and {parent}.{others[0]} {schemes[f'{parent}.{others[0]}']}, but vLLM runs "
-                    f"{'/'.join(members)} as one layer of one scheme; rebuild with equal bits for them (under [layers] in "
-                    f"the configuration that `qerve plan --write` gives), or {DENSE_REMEDY}"
+                    f"{'/'.join(members)} as one layer of one scheme; rebuild with equal bits for them (under [layers] "
+                    f"in the configuration that `qerve plan --write` gives), or {DENSE_REMEDY}"
                 )
 
 
@@ -106,8 +108,9 @@ def _inputs(records: Mapping[str, LinearRecord], inputs: Inputs, notes: list[str
     is_fitting = scheme.format == "int" and scheme.num_bits == 8 and scheme.group_size == PER_TOKEN
     if len(found) > 1 or not is_fitting or scheme.clip_ratio != 1:
         raise ExportError(
-            f"inputs are quantized ({scheme}), for which vLLM has no format: it knows 8-bit integers per token, unclipped. "
-            "Leave their quantization out with --inputs drop, or rebuild with --act-bits 8 --act-group-size -1"
+            f"inputs are quantized ({scheme}), for which vLLM has no format: it knows 8-bit integers per token, "
+            "unclipped. Leave their quantization out with --inputs drop, or rebuild with --act-bits 8 "
+            "--act-group-size -1"
         )
     return scheme
 
@@ -115,13 +118,13 @@ def _inputs(records: Mapping[str, LinearRecord], inputs: Inputs, notes: list[str
 def _check_integer_products(
     groups: tuple[tuple[QuantScheme, tuple[str, ...]], ...], activations: ActivationScheme
 ) -> list[str]:
-    notes = ["the low-rank branch sees inputs before their quantization, here after it: the export is the more exact one"]
+    notes = ["vLLM gives the low-rank branch inputs before their quantization, the artifact after it"]
     for scheme, paths in groups:
         is_w8a8 = scheme.num_bits == 8 and scheme.group_size == PER_CHANNEL
         if not scheme.is_symmetric or not (is_w8a8 or scheme.num_bits == 4):
             raise ExportError(
-                f"{paths[0]}: {scheme} with inputs of {activations}; vLLM multiplies integers for symmetric weights of 8 "
-                "bits per channel (W8A8) or 4 bits (W4A8). Export with --inputs drop for weights alone, or rebuild"
+                f"{paths[0]}: {scheme} with inputs of {activations}; vLLM multiplies integers for symmetric weights of "
+                "8 bits per channel (W8A8) or 4 bits (W4A8). Export with --inputs drop for weights alone, or rebuild"
             )
         if scheme.num_bits == 4:
             notes.append("W4A8: vLLM has kernels for Arm processors; elsewhere export with --inputs drop")
@@ -137,7 +140,9 @@ def _plan_gptq(
     if activations is not None:
         raise ExportError("GPTQ's format has no quantized inputs; leave them out with --inputs drop")
     if num_groups > 1:
-        raise ExportError(f"GPTQ's format has one scheme for all layers, the artifact {num_groups}; use compressed-tensors")
+        raise ExportError(
+            f"GPTQ's format has one scheme for all layers, the artifact {num_groups}; use compressed-tensors"
+        )
     for path, scheme in schemes.items():
         check_gptq(path, scheme, (records[path].out_features, records[path].in_features))
     return "gptq"

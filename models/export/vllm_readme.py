@@ -35,7 +35,8 @@ _COMMON = """\
 - `VLLM_CPU_INT4_W4A8=0` (processors with AMX): without it 4-bit weights meet inputs rounded to 8 bits when the type is
   bfloat16. The numbers are then not those of this export.
 - `--dtype {dtype}` is the type that the scales are stored in.
-- `verification.json` says how far these files are from the artifact; `qerve export verify THIS_DIRECTORY` measures again.
+- `verification.json` says how far these files are from the artifact; `qerve export verify THIS_DIRECTORY` measures
+  again.
 """
 
 
