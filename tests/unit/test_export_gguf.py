@@ -64,7 +64,7 @@ def export(directory: Path, kind: LinearKind, options: GgufOptions | None = None
     ("kind", "changes", "stored"),
     [
         (LinearKind(INT4, rank=9), {}, "Q5_0"),
-        (LinearKind(QuantScheme(4, 64, is_symmetric=True)), {"intermediate_size": 128}, "Q4_0"),
+        (LinearKind(QuantScheme(4, 64, is_symmetric=True)), {}, "Q4_0"),
         (LinearKind(QuantScheme(8, PER_CHANNEL, is_symmetric=True)), {"rope_scaling": LLAMA3}, "Q8_0"),
         (LinearKind(QuantScheme(3, PER_CHANNEL), form="single-factor", has_channel_order=True), {}, "Q4_0"),
         (LinearKind(INT4), {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, "Q5_0"),

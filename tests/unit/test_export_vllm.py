@@ -73,7 +73,8 @@ def test_single_matrix_becomes_an_adapter_that_selects_its_channels(tmp_path: Pa
     kind = LinearKind(QuantScheme(4, PER_CHANNEL), rank=8, form="single-factor", has_channel_order=True)
     write_exportable(tmp_path / "artifact", model := exportable(kind))
     result = export_vllm(tmp_path / "artifact", tmp_path / "out", VllmOptions())
-    assert result.worst_weight_error == 0
+    assert result.worst_weight_error is not None
+    assert result.worst_weight_error < 1e-7
     down = load_file(tmp_path / "out/adapter/adapter_model.safetensors")[
         "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
     ]
