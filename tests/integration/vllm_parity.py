@@ -29,6 +29,7 @@ import torch
 from models.artifact.load import load_artifact
 from models.evaluate.generate import generate_greedily
 from models.evaluate.perplexity import score_window
+from models.llama.network import Network
 
 MAX_LOGPROB_DIFFERENCE = 0.05
 MAX_PERPLEXITY_RATIO = 1.005
@@ -82,20 +83,26 @@ class Client:
         with urllib.request.urlopen(f"{self._url}/v1/models", timeout=60) as answer:
             return [it["id"] for it in json.load(answer)["data"]]
 
-    def complete(self, model: str, token_ids: Sequence[int], **options: Any) -> dict[str, Any]:
-        body = json.dumps({"model": model, "prompt": list(token_ids), "temperature": 0, **options}).encode()
-        request = urllib.request.Request(f"{self._url}/v1/completions", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            return json.load(answer)["choices"][0]
+    def complete(self, model: str, prompts: Sequence[Sequence[int]], **options: Any) -> list[dict[str, Any]]:
+        body = json.dumps({"model": model, "prompt": [list(it) for it in prompts], "temperature": 0, **options})
+        header = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self._url}/v1/completions", body.encode(), header)
+        with urllib.request.urlopen(request, timeout=1800) as answer:
+            return sorted(json.load(answer)["choices"], key=lambda choice: choice["index"])
 
-    def generate(self, model: str, token_ids: Sequence[int]) -> list[int]:
-        choice = self.complete(model, token_ids, max_tokens=NEW_TOKENS, return_token_ids=True, ignore_eos=True)
-        return list(choice["token_ids"])
+    def generate(self, model: str, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        choices = self.complete(model, prompts, max_tokens=NEW_TOKENS, return_token_ids=True, ignore_eos=True)
+        return [list(choice["token_ids"]) for choice in choices]
 
-    def nlls(self, model: str, token_ids: Sequence[int]) -> torch.Tensor:
-        choice = self.complete(model, token_ids, max_tokens=1, prompt_logprobs=0)
-        rows = choice["prompt_logprobs"][1:]
-        return torch.tensor([-row[str(token)]["logprob"] for row, token in zip(rows, token_ids[1:], strict=True)])
+    def nlls(self, model: str, windows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """nll of every token of ``windows`` but their first, one after the other."""
+        choices = self.complete(model, windows, max_tokens=1, prompt_logprobs=0)
+        logprobs = [
+            row[str(token)]["logprob"]
+            for choice, window in zip(choices, windows, strict=True)
+            for row, token in zip(choice["prompt_logprobs"][1:], window[1:], strict=True)
+        ]
+        return -torch.tensor(logprobs)
 
 
 def names(export: Path, client: Client) -> tuple[str, str | None]:
@@ -111,20 +118,15 @@ def compare(artifact: Path, export: Path, client: Client, text: str, window: int
     loaded = load_artifact(artifact, dtype=torch.float32, backend="dequantized")
     model, tokenizer = loaded.model, loaded.tokenizer
     name, uncorrected = names(export, client)
-    differences = []
-    for prompt in PROMPTS:
-        ids = tokenizer.encode(prompt)
-        ours = generate_greedily(model, ids, NEW_TOKENS, lambda _: False)
-        theirs = client.generate(name, ids)
-        if ours != theirs:
-            at = next(index for index, pair in enumerate(zip(ours, theirs, strict=True)) if len(set(pair)) > 1)
-            nlls = [float(score_window(model, torch.tensor([*ids, *ours[:at], it[at]]), 1)[0]) for it in (ours, theirs)]
-            differences.append({"prompt": prompt, "position": at, "margin": nlls[1] - nlls[0]})
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    theirs = client.generate(name, prompts)
+    ours = [generate_greedily(model, ids, NEW_TOKENS, lambda _: False) for ids in prompts]
+    differences = [parting(model, *it) for it in zip(prompts, ours, theirs, strict=True) if it[1] != it[2]]
     tokens = tokenizer.encode(text)[: window * num_windows]
     windows = [tokens[start : start + window] for start in range(0, len(tokens) - 1, window)]
     expected = torch.cat([score_window(model, torch.tensor(it), len(it) - 1) for it in windows])
-    found = torch.cat([client.nlls(name, it) for it in windows])
-    without = None if uncorrected is None else torch.cat([client.nlls(uncorrected, it) for it in windows])
+    found = client.nlls(name, windows)
+    without = None if uncorrected is None else client.nlls(uncorrected, windows)
     return Parity(
         num_prompts=len(PROMPTS),
         num_equal_texts=len(PROMPTS) - len(differences),
@@ -136,6 +138,13 @@ def compare(artifact: Path, export: Path, client: Client, text: str, window: int
         uncorrected_nll=None if without is None else float(without.double().mean()),
         num_tokens=len(expected),
     )
+
+
+def parting(model: Network, prompt: list[int], ours: list[int], theirs: list[int]) -> dict[str, Any]:
+    """Where two continuations of a prompt part, and by how many nats we prefer ours there."""
+    at = next(index for index, pair in enumerate(zip(ours, theirs, strict=True)) if len(set(pair)) > 1)
+    nlls = [float(score_window(model, torch.tensor([*prompt, *ours[:at], it[at]]), 1)[0]) for it in (ours, theirs)]
+    return {"prompt": prompt, "position": at, "margin": nlls[1] - nlls[0]}
 
 
 def free_port() -> int:
@@ -150,7 +159,7 @@ def vllm_server(executable: str, export: Path, log: Path) -> Iterator[str]:
     port = free_port()
     dtype = json.loads((export / "base" / "config.json").read_text())["dtype"]
     command = [executable, "serve", str(export / "base"), "--dtype", dtype, "--port", str(port), "--enforce-eager"]
-    command += ["--max-model-len", "1024", "--max-num-seqs", "8", "--served-model-name"]
+    command += ["--max-model-len", "1024", "--max-num-seqs", "32", "--served-model-name"]
     config = export / "adapter" / "adapter_config.json"
     if config.is_file():
         adapter = {"name": "export", "path": str(export / "adapter"), "base_model_name": "export-uncorrected"}
@@ -159,7 +168,7 @@ def vllm_server(executable: str, export: Path, log: Path) -> Iterator[str]:
         command += ["--lora-modules", json.dumps(adapter)]
     else:
         command.append("export")
-    own = {"VLLM_CPU_INT4_W4A8": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    own = {"VLLM_CPU_INT4_W4A8": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | own
     with log.open("w") as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True)
