@@ -60,12 +60,3 @@ def nf4_config(dtype: str) -> dict[str, Any]:
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": ["lm_head"],
     }
-
-
-def reread_weight(tensors: dict[str, Tensor]) -> Tensor:
-    """The weight that a layer's tensors stand for, float64, from the format's definition."""
-    state = json.loads(bytes(tensors[STATE].tolist()))
-    packed = tensors["weight"].flatten().long()
-    codes = torch.stack([packed // 16, packed % 16], dim=1).flatten()
-    scale = tensors["weight.absmax"].double().repeat_interleave(state["blocksize"])
-    return (tensors["weight.quant_map"].double()[codes] * scale).reshape(state["shape"])

@@ -22,7 +22,7 @@ from ..errors import ExportError
 from ..llama.gguf import ROPE_FACTORS, gguf_name
 from ..scheme import EMBEDDING, HEAD, PER_CHANNEL
 from ..types import LinearWeights
-from .files import staged, write_companions
+from .files import staged
 from .gguf_adapter import write_gguf_adapter
 from .gguf_blocks import (
     BLOCK,
@@ -50,7 +50,7 @@ llama-cli -m model.gguf{lora} -p "..."
 ```
 
 {body}`verification.json` says how far these files are from the artifact; `qerve export verify THIS_DIRECTORY` measures
-again. `config.json` and the tokenizer's files are those of the artifact: llama.cpp does not need them.
+again.
 """
 _WITH_ADAPTER = "`adapter.gguf` is the correction of the quantization's error: without it the model runs uncorrected.\n"
 
@@ -100,7 +100,6 @@ def export_gguf(artifact: Path, out: Path, options: GgufOptions, *, overwrite: b
         has_adapter = not options.merge and any(it.rank for it in source.manifest.linears.values())
         if has_adapter:
             write_gguf_adapter(directory / ADAPTER_FILE, source)
-        write_companions(directory, source, source.hf_config("float16"))
         lora, body = (f" --lora {ADAPTER_FILE}", _WITH_ADAPTER) if has_adapter else ("", "")
         page = _README.format(name=out.name, lora=lora, body=body)
         (directory / "README.md").write_text(page, encoding="utf-8")

@@ -13,7 +13,7 @@ from ..errors import ExportError
 from ..layers.linear import DenseLinear
 from ..llama.config import LlamaConfig
 from ..llama.config_fields import read_json_object
-from . import bnb, unpack
+from . import unpack
 from .adapter import CONFIG_NAME, PREFIX, TENSORS_NAME
 from .files import INDEX_FILE
 
@@ -105,6 +105,8 @@ def read_adapter(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
         down = tensors.pop(name)
         if up is None:
             raise ExportError(f"{directory}: tensor {name} has no lora_B beside it")
+        if up.dim() != 2 or down.dim() != 2 or up.shape[1] != len(down) or not len(down):
+            raise ExportError(f"{directory}: tensor {name} {tuple(down.shape)} does not fit lora_B {tuple(up.shape)}")
         module = path.removeprefix(PREFIX)
         factors[module] = (up.float() * scaling(config, module, len(down)), down.float())
     if tensors:
@@ -156,7 +158,7 @@ class SafetensorsBase:
         if kind == "gptq":
             return unpack.gptq_weight(tensors, self._quantization["bits"])
         if kind == "bitsandbytes":
-            return bnb.reread_weight(tensors)
+            return unpack.nf4_weight(tensors)
         return self._compressed(path, tensors)
 
     def _compressed(self, path: str, tensors: dict[str, Tensor]) -> Tensor:

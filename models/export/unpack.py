@@ -3,6 +3,7 @@
 Everything goes through single bits (``numpy.unpackbits``), which is slow and hard to get wrong.
 """
 
+import json
 from typing import Any
 
 import numpy as np
@@ -72,3 +73,12 @@ def gptq_weight(tensors: dict[str, Tensor], num_bits: int) -> Tensor:
     zeros = fields_of_words(tensors["qzeros"], num_bits, rows) + 1
     group = tensors["g_idx"].long()
     return (codes - zeros[group].T).double() * tensors["scales"].double()[group].T
+
+
+def nf4_weight(tensors: dict[str, Tensor]) -> Tensor:
+    """A weight as bitsandbytes stores NF4, float64: two codes a byte, the first in the upper half, absmax per block."""
+    (state,) = (json.loads(bytes(it.tolist())) for name, it in tensors.items() if ".quant_state." in name)
+    packed = tensors["weight"].flatten().long()
+    codes = torch.stack([packed // 16, packed % 16], dim=1).flatten()
+    scale = tensors["weight.absmax"].double().repeat_interleave(state["blocksize"])
+    return (tensors["weight.quant_map"].double()[codes] * scale).reshape(state["shape"])

@@ -127,7 +127,7 @@ def test_nf4_has_the_first_code_in_the_upper_half() -> None:
     tensors = stripped(bnb.nf4_tensors("p", weight, "float32"))
     assert int(tensors["weight"][0, 0]) == int(weight.codes[0, 0]) * 16 + int(weight.codes[0, 1])
     assert tensors["weight.absmax"].shape == (4,)
-    torch.testing.assert_close(bnb.reread_weight(tensors), dequantize(weight).double())
+    torch.testing.assert_close(unpack.nf4_weight(tensors), dequantize(weight).double())
 
 
 EXACT_BLOCKS = [(kind, scheme) for kind in GGUF_KINDS for scheme in INTEGERS if holds_exactly(kind, scheme, 128)]
