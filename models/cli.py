@@ -12,6 +12,7 @@ import typer
 from .cli_compare import EXAMPLE as COMPARE_EXAMPLE
 from .cli_compare import compare
 from .cli_eval import evaluate, lm_evaluation_harness
+from .cli_export import make_export_cli
 from .cli_options import with_build_options
 from .cli_output import RichObserver, print_build_report, print_inspection
 from .cli_plan import plan
@@ -46,6 +47,7 @@ def make_cli() -> typer.Typer:
     )
     for name, verb, example in verbs:
         cli.command(name, epilog=f"Example: {example}")(verb)
+    cli.add_typer(make_export_cli(), name="export")
     # The harness parses its own options, --help included.
     passed_on = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
     cli.command("lm-eval", context_settings=passed_on)(lm_evaluation_harness)

@@ -19,6 +19,7 @@ PICKLE_MODULES = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib
 COMMAND_LINE = (
     "models.cli", "models.cli_options", "models.cli_output", "models.cli_eval", "models.cli_plan", "models.cli_compare",
     "models.cli_card",
+    "models.cli_export",
 )  # fmt: skip
 ABOVE_ARTIFACT = (
     "models.calibration", "models.evaluate", "models.build", "models.compare", "models.report", "models.export",
@@ -183,6 +184,13 @@ RULES: dict[str, Rule] = {
     "the worker of llama.cpp runs without this package": forbid(
         "models/bench/llama_worker.py", "models", "service", "torch", "numpy", "psutil"
     ),
+    "exports read artifacts": forbid(
+        "models/export/*", "models.calibration", "models.evaluate", "models.build", "models.compare", "models.report",
+        "models.bench", *COMMAND_LINE,
+    ),
+    "what writes a format does not read it back": forbid(
+        "models/export/*unpack.py", "models.quant", "models.export.compressed_tensors", "models.export.gptq"
+    ),
     "plotly stays in the report": forbid("*", "plotly", unless="models/report/*.py"),
     "the harness stays in its adapter": forbid("*", "lm_eval", unless="models/*[_]eval*.py"),
     "request holds no tensors": forbid("service/engine/request.py", "torch"),
@@ -233,6 +241,8 @@ OFFENDERS = [
     ("benches measure what is loaded", "models/bench/peaks.py", "from ..cli_output import progress_bar"),
     ("llama.cpp stays in its worker", "models/bench/llama.py", "import llama_cpp"),
     ("the worker of llama.cpp runs without this package", "models/bench/llama_worker.py", "from .probe import Probe"),
+    ("exports read artifacts", "models/export/dense.py", "from ..build import pipeline"),
+    ("what writes a format does not read it back", "models/export/unpack.py", "from ..quant.packing import unpack"),
     ("plotly stays in the report", "models/compare/output.py", "import plotly.graph_objects as go"),
     ("the harness stays in its adapter", "models/evaluate/tasks.py", "import lm_eval"),
     ("request holds no tensors", "service/engine/request.py", "import torch"),
