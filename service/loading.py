@@ -15,8 +15,8 @@ from .access import PUBLIC_PATHS
 from .access_log import UNMATCHED, log_access
 from .errors import ApiError
 from .middleware import RequestIdMiddleware
-from .request_record import record_of
 from .page.files import Page
+from .request_record import record_of
 
 RETRY_SECONDS = 5
 
