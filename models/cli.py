@@ -18,6 +18,7 @@ from .cli_output import RichObserver, print_build_report, print_inspection
 from .cli_plan import plan
 from .config import BuildConfig
 from .errors import QerveError
+from .sizes import size_option
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N.")]
@@ -75,6 +76,9 @@ def build(
     device: Device = "cpu",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing artifact.")] = False,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Most memory to hold, e.g. 8GiB; the calibration set goes to disk if it must.")
+    ] = None,
     json_report: Annotated[Path | None, typer.Option(help="Also write the report to this file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -87,7 +91,13 @@ def build(
     (map_large_blocks if training_method(settings) is None else keep_large_blocks)()
     with RichObserver() as observer:
         report = build_artifact(
-            open_checkpoint(checkpoint, revision), out, settings, device=device, overwrite=overwrite, observer=observer
+            open_checkpoint(checkpoint, revision),
+            out,
+            settings,
+            device=device,
+            overwrite=overwrite,
+            observer=observer,
+            max_memory=size_option("--max-memory", max_memory),
         )
     if json_report is not None:
         json_report.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from .cli_output import MIB, print_json, print_rows
 from .errors import QerveError
-from .sizes import parse_size
+from .sizes import size_option
 
 if TYPE_CHECKING:
     from .build.planned import Plan
@@ -33,11 +33,7 @@ class Card:
         Raises:
             QerveError: the option is no size.
         """
-        try:
-            size = parse_size(self.device_memory)
-        except ValueError as error:
-            raise QerveError(f"--device-memory: {error}") from error
-        return size if isinstance(size, int) else None
+        return size_option("--device-memory", self.device_memory)
 
     def check(self) -> None:
         """Raise QerveError for an option that is wrong, before any work is done."""

@@ -2,6 +2,8 @@
 
 import re
 
+from .errors import QerveError
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 _SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
 
@@ -18,3 +20,16 @@ def parse_size(value: object) -> object:
     if match is None:
         raise ValueError(f"{value!r} is not a size; write bytes, or a number with KiB, MiB, GiB, kB, MB or GB")
     return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+
+
+def size_option(option: str, text: str | None) -> int | None:
+    """What ``option`` of a command line says, in bytes; None: it was not given.
+
+    Raises:
+        QerveError: it is no size.
+    """
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise QerveError(f"{option}: {error}") from error
+    return size if isinstance(size, int) else None

@@ -249,14 +249,18 @@ def num_tokens_inside(config: BuildConfig) -> int:
     return min(sequences_together(config), calibration.num_sequences) * calibration.sequence_length
 
 
-def build_memory_bytes(network: LlamaConfig, config: BuildConfig) -> int:
-    """What a build holds at most: ``BuildReport.memory_bound_bytes``, from the configuration alone."""
+def hidden_bytes(network: LlamaConfig, config: BuildConfig) -> int:
+    """Hidden states of the whole calibration set, in every stream that a build takes through the network."""
     calibration = config.calibration
     if calibration.source == "none":
-        return memory_bound_bytes(network, 0, 0)
-    has_target = has_target_stream(config)
+        return 0
     num_holdouts = 3 if config.vocabulary.embedding_bits < 16 else 2
-    num_sequences = calibration.num_sequences * (2 if has_target else 1) + num_holdouts * calibration.num_holdout
-    num_inside = num_tokens_inside(config)
-    hidden_bytes = 4 * num_sequences * calibration.sequence_length * network.hidden_size
-    return memory_bound_bytes(network, num_inside, hidden_bytes)
+    num_inputs = calibration.num_sequences * (2 if has_target_stream(config) else 1)
+    num_sequences = num_inputs + num_holdouts * calibration.num_holdout
+    return 4 * num_sequences * calibration.sequence_length * network.hidden_size
+
+
+def build_memory_bytes(network: LlamaConfig, config: BuildConfig) -> int:
+    """What a build holds at most: ``BuildReport.memory_bound_bytes``, from the configuration alone."""
+    num_inside = 0 if config.calibration.source == "none" else num_tokens_inside(config)
+    return memory_bound_bytes(network, num_inside, hidden_bytes(network, config))

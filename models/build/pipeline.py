@@ -23,6 +23,7 @@ from ..llama.checkpoint import Checkpoint, DenseWeights
 from ..memory import PeakMemory, directory_bytes, return_freed_memory
 from ..report.layers import artifact_report
 from .calibrate import calibration_tokens
+from .ceiling import host_memory
 from .end_to_end import train_end_to_end, trains_end_to_end
 from .footprint import memory_bound_bytes
 from .holdout import HoldoutEvaluation, evaluate_holdout
@@ -78,6 +79,7 @@ def build_artifact(
     observer: BuildObserver | None = None,
     statistics: StatisticsStore | None = None,
     spills: bool = False,
+    max_memory: int | None = None,
 ) -> BuildReport:
     """Quantize ``checkpoint`` into the artifact directory ``out``.
 
@@ -91,9 +93,12 @@ def build_artifact(
         statistics: where to look for, and keep, what a calibration on dense inputs accumulates.
         spills: keep the hidden states of the calibration set on disk, beside the partial artifact. An interrupted build
             then also goes on with them, where it would otherwise take them through the finished layers again.
+        max_memory: bytes that the build may hold in the host's memory, mapped files aside; hidden states go to disk if
+            they have to. None: no limit.
 
     Raises:
-        SchemeError: the configuration cannot be carried out; found before any weight is read.
+        SchemeError: the configuration cannot be carried out, or not within ``max_memory``; found before any weight is
+            read.
         CalibrationError: the calibration data cannot be used, or a statistic is not finite.
         CheckpointError: a tensor is missing or damaged.
         ArtifactError: ``out`` exists and ``overwrite`` is false.
@@ -101,6 +106,8 @@ def build_artifact(
     observer = observer or SilentObserver()
     started, device = time.perf_counter(), torch.device(device)
     check_build(config, checkpoint.config)
+    if max_memory is not None:
+        spills |= host_memory(checkpoint.config, config, device).must_spill(max_memory)
     check_target(out, overwrite)
     with PeakMemory() as preparing:
         tokens = calibration_tokens(checkpoint, config.calibration, device, observer)

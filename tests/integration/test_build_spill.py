@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.build import SilentObserver, build_artifact
+from models.build import SilentObserver, build_artifact, pipeline
+from models.build.ceiling import HostMemory
 from models.build.layer import LayerBuilder
+from models.build.spill import HiddenFiles
 from models.config import BuildConfig, CalibrationConfig, ReconstructConfig, TrainingConfig
+from models.errors import SchemeError
 from models.llama.checkpoint import open_checkpoint
 from models.scheme import QuantScheme, VocabularyScheme
 from tests.support.builds import digests
@@ -103,6 +106,26 @@ def test_a_build_whose_states_were_in_memory_goes_on_with_them_on_disk(checkpoin
         build_artifact(checkpoint, tmp_path / "a", base, observer=InterruptingObserver())
     build_artifact(checkpoint, tmp_path / "a", base, spills=True)
     assert digests(tmp_path / "whole") == digests(tmp_path / "a")
+
+
+def test_too_little_memory_is_refused_before_anything_is_read(checkpoint_dir, base, tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(str(checkpoint_dir))
+    monkeypatch.setattr(type(checkpoint), "tensor", None)
+    with pytest.raises(SchemeError, match=r"max_memory 0\.01 GiB: this build takes about"):
+        build_artifact(checkpoint, tmp_path / "a", base, max_memory=10 << 20)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ceiling_that_the_hidden_states_would_break_puts_them_on_disk(checkpoint_dir, base, tmp_path, monkeypatch):
+    needs, written = HostMemory(100, "quantizing", 50, 25, None), []
+    monkeypatch.setattr(pipeline, "host_memory", lambda *_: needs)
+    monkeypatch.setattr(HiddenFiles, "keep_only", lambda _self, position: written.append(position))
+    build_artifact(open_checkpoint(str(checkpoint_dir)), tmp_path / "a", base, max_memory=174)
+    assert written == [1, 2, 3, 4]
+    written.clear()
+    build_artifact(open_checkpoint(str(checkpoint_dir)), tmp_path / "b", base, max_memory=175)
+    assert written == []
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
 
 @pytest.mark.slow
