@@ -18,8 +18,9 @@ from .pack import PackedWeight, pack_weights, storage_bits
 from .tiles import Tile, choose_tile, num_parts, tiles_of
 
 KERNEL = "linear8"
+ADDED_AT_ONCE = 1024
+"""Sums that a program of ``add_parts_kernel`` makes."""
 _SHORTEST_BLOCK = 32
-_ADDED_AT_ONCE = 1024
 _WEIGHTS_AT_ONCE = 1 << 24
 
 
@@ -92,8 +93,8 @@ class TritonLinear8:
             return output
         sums = output.new_empty(parts, *output.shape, dtype=torch.float32)
         self._multiply(rows, row_ranks, sums, tile, num_tiles, parts)
-        add_parts_kernel[(cdiv(output.numel(), _ADDED_AT_ONCE),)](
-            sums, output, output.numel(), NUM_PARTS=parts, BLOCK=_ADDED_AT_ONCE, num_warps=4, **OPTIONS
+        add_parts_kernel[(cdiv(output.numel(), ADDED_AT_ONCE),)](
+            sums, output, output.numel(), NUM_PARTS=parts, BLOCK=ADDED_AT_ONCE, num_warps=4, **OPTIONS
         )
         return output
 

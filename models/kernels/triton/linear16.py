@@ -199,7 +199,9 @@ def prepare_kernel(
     components = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     first = part * blocks_per_part
-    for block in tl.range(first, tl.minimum(first + blocks_per_part, tl.cdiv(in_features, BLOCK_K)), num_stages=NUM_STAGES):
+    for block in tl.range(
+        first, tl.minimum(first + blocks_per_part, tl.cdiv(in_features, BLOCK_K)), num_stages=NUM_STAGES
+    ):
         channels = block * BLOCK_K + tl.arange(0, BLOCK_K)
         inputs = load_inputs(x, input_scale, channel_order, rows, channels, num_rows, in_features)
         if prepared is not None:

@@ -58,7 +58,10 @@ def variants(arch: int, dtype: str = "bf16") -> Iterator[Variant]:
 def _of_format(tile: Tile, scheme: QuantScheme, dtype: str) -> Iterator[Variant]:
     """The kernels that multiply codes of ``scheme`` in ``tile``."""
     constants = format_constants(
-        scheme.num_bits, storage_bits(scheme.num_bits), scheme.group_size, fitting_block(tile.block_k, scheme.group_size)
+        scheme.num_bits,
+        storage_bits(scheme.num_bits),
+        scheme.group_size,
+        fitting_block(tile.block_k, scheme.group_size),
     ) | block_constants(tile, RANK)
     missing = {"row_ranks", "bias", "channel_order", "input_scale"}
     missing |= {"zero"} if scheme.is_symmetric else {"table"}
