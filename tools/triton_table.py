@@ -18,8 +18,8 @@ OUTPUT = Path("docs/gpu-kernels.md")
 HEAD = """# The Triton kernels, compiled ahead of time
 
 Written by `python -m tools.triton_table` with Triton {version}. No GPU is needed for it: each kernel is compiled for
-the architecture named, down to machine code, with each row of the table of tiles (`models/kernels/triton/tiles.py`), and
-NVIDIA's assembler reports what it takes. A test compiles some of them on every run, and all of them under
+the architecture named, down to machine code, with each row of the table of tiles (`models/kernels/triton/tiles.py`),
+and NVIDIA's assembler reports what it takes. A test compiles some of them on every run, and all of them under
 `make test-all`: a tile that spills registers, or takes more shared memory than a block may have, fails it.
 
 Nothing here is a measurement of speed: the tiles are guesses until `python -m tools.tune_tiles` has run on a card.

@@ -49,9 +49,10 @@ class TritonEnvironment:
             return MISSING
         if device.type == "cpu":
             return None
-        if self.is_interpreting:
+        obstacle = _cuda_obstacle(device)
+        if obstacle is None and self.is_interpreting:
             return "TRITON_INTERPRET=1 runs kernels on the CPU; unset it to use the GPU"
-        return _cuda_obstacle(device)
+        return obstacle
 
 
 def architecture(device: torch.device) -> int:

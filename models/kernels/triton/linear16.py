@@ -12,8 +12,8 @@ because a few hundred rows do not fill the card either. ``tiled_kernel`` adds th
 down-projection inside ``tiled_kernel`` instead would repeat it in every column of tiles: at rank 32 and tiles 128 wide
 a quarter more products, against one more reading of an x that the layer before has just left in the cache.
 
-Weights become numbers in float32 and are rounded once to the inputs' type for the tensor cores, as the reference backend
-does it; a single row is multiplied in float32 on the ordinary cores, without that rounding. ``GROUP_SIZE`` 0 means one
+Weights become numbers in float32 and are rounded once to the inputs' type for the tensor cores, as in the reference
+backend; a single row is multiplied in float32 on the ordinary cores, without that rounding. ``GROUP_SIZE`` 0 means one
 scale per output channel, which is applied to the sum.
 """
 
