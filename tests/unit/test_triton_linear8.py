@@ -53,8 +53,7 @@ def layer_of(
     """21 output channels; 77 input channels where no group wants another number, else one or three groups."""
     sizes = [it.group_size for it in (scheme, activations) if it.group_size != -1]
     in_features = 77 if not sizes else 192 if 96 in sizes or max(sizes) == 64 else 3 * 32 if max(sizes) <= 32 else 128
-    weights = random_layer(scheme, (21, in_features), rank, variant, activations=activations, **options)  # type: ignore[arg-type]
-    return weights
+    return random_layer(scheme, (21, in_features), rank, variant, activations=activations, **options)  # type: ignore[arg-type]
 
 
 def some_input(weights: LinearWeights, num_rows: int, dtype: torch.dtype = FLOAT16) -> Tensor:

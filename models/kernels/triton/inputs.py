@@ -47,6 +47,12 @@ class IntegerInput(NamedTuple):
     reduced: Tensor | None
 
 
+class _GridOut(NamedTuple):
+    scale: Tensor | None = None
+    offset: Tensor | None = None
+    sums: Tensor | None = None
+
+
 class InputTile(NamedTuple):
     """block_m tokens and block_k channels at a time; chunk: components of lora_down for each program, 0: no lora_down
 
@@ -119,7 +125,7 @@ class FusedInput:
             return x, x[:, : self.rank] if self.rank else None
         prepared = x.new_empty(len(x), self.in_features)
         reduced = x.new_empty(len(x), self.rank) if self.rank else None
-        self._launch(x, prepared, None, None, None, reduced, segment=0)
+        self._launch(x, prepared, reduced, _GridOut(), segment=0)
         return prepared, reduced
 
     def quantize_input(self, x: Tensor, segment: int = 0) -> IntegerInput:
@@ -140,19 +146,10 @@ class FusedInput:
         offset = torch.empty_like(scale) if has_offset(scheme) else None
         sums = x.new_empty(padded // segment, num_tokens, dtype=torch.int32) if segment else None
         reduced = x.new_empty(num_tokens, self.rank) if self.rank else None
-        self._launch(x, codes, scale, offset, sums, reduced, segment=segment)
+        self._launch(x, codes, reduced, _GridOut(scale, offset, sums), segment)
         return IntegerInput(codes, scale, offset, sums, reduced)
 
-    def _launch(
-        self,
-        x: Tensor,
-        out: Tensor,
-        scale: Tensor | None,
-        offset: Tensor | None,
-        sums: Tensor | None,
-        reduced: Tensor | None,
-        segment: int,
-    ) -> None:
+    def _launch(self, x: Tensor, out: Tensor, reduced: Tensor | None, grid_out: _GridOut, segment: int) -> None:
         num_tokens, scheme = len(x), self.activations
         if not num_tokens:
             return
@@ -164,7 +161,7 @@ class FusedInput:
         x = x if x.stride(1) == 1 else x.contiguous()
         grid = (cdiv(num_tokens, tile.block_m), cdiv(self.rank, tile.chunk) if tile.chunk else 1)
         input_kernel[grid](
-            x, divisor, order, self.lora_down, out, scale, offset, sums, reduced,
+            x, divisor, order, self.lora_down, out, *grid_out, reduced,
             num_tokens, x.stride(0), out.shape[1], self.in_features, self.rank,
             1.0 if scheme is None else scheme.clip_ratio,
             **input_constants(scheme, rotation, tile, segment, is_integer=out.dtype == torch.int8),

@@ -15,6 +15,8 @@ from .tiles import TILES, Tile
 from .variant import Variant
 
 RANK = 32
+DTYPE = "bf16"
+"""Of the layer: float16 takes as many registers."""
 PER_TOKEN, GROUPED = ActivationScheme(8), ActivationScheme(8, 128)
 _TYPES: Mapping[str, str] = MappingProxyType(
     {
@@ -33,18 +35,17 @@ _TYPES: Mapping[str, str] = MappingProxyType(
 _UNALIGNED = frozenset({"num_rows", "num_tokens", "num_input_groups", "size", "clip_ratio"})
 
 
-def variants(arch: int, dtype: str = "bf16") -> Iterator[Variant]:
+def variants(arch: int) -> Iterator[Variant]:
     """All binaries for ``arch``: codes of every width in asymmetric groups of 64, with a term of rank 32.
 
     Args:
         arch: compute capability as one number.
-        dtype: of the layer, ``bf16`` or ``fp16``.
     """
     for tile in TILES:
         if (tile.kernel, tile.arch) == (KERNEL, arch):
-            yield product_variant(tile, QuantScheme(tile.num_bits, 64), PER_TOKEN, dtype)
+            yield product_variant(tile, QuantScheme(tile.num_bits, 64), PER_TOKEN)
             if tile.num_bits == 4:
-                yield product_variant(tile, QuantScheme(4, 64), GROUPED, dtype)
+                yield product_variant(tile, QuantScheme(4, 64), GROUPED)
     for num_tokens, in_features, rotation, scheme in (
         (FEW_TOKENS, MAX_WHOLE, 0, PER_TOKEN),
         (FEW_TOKENS, MAX_WHOLE_ROTATED, MAX_WHOLE_ROTATED, PER_TOKEN),
@@ -52,31 +53,29 @@ def variants(arch: int, dtype: str = "bf16") -> Iterator[Variant]:
         (FEW_TOKENS + 1, MAX_WHOLE, 128, PER_TOKEN),
         (FEW_TOKENS + 1, MAX_WHOLE, 128, GROUPED),
     ):
-        yield input_variant(arch, num_tokens, in_features, rotation, scheme, dtype)
+        yield input_variant(arch, num_tokens, in_features, rotation, scheme)
     fixed = {"NUM_PARTS": 16, "BLOCK": ADDED_AT_ONCE}
-    yield _variant(add_parts_kernel, "add 16 parts", arch, fixed, set(), {"output": f"*{dtype}"})
+    yield _variant(add_parts_kernel, "add 16 parts", arch, fixed, set(), types={"output": f"*{DTYPE}"})
 
 
-def product_variant(tile: Tile, scheme: QuantScheme, activations: ActivationScheme, dtype: str) -> Variant:
+def product_variant(tile: Tile, scheme: QuantScheme, activations: ActivationScheme) -> Variant:
     """``linear8_kernel`` with ``tile``."""
     fixed = constants(scheme.num_bits, max(scheme.group_size, 0), input_group(activations), RANK, tile)
     missing = {"bias", "row_ranks"} | (set() if scheme.num_bits == 3 else {"high_words"})
     missing |= {"zero", "sums"} if scheme.is_symmetric else set()
     missing |= set() if has_offset(activations) else {"input_offset", "column_sums"}
-    types = {"output": f"*{dtype}" if tile.max_split == 1 else "*fp32"}
+    types = {"output": f"*{DTYPE}" if tile.max_split == 1 else "*fp32"}
     title = f"integer, {scheme}, inputs {activations}, rank {RANK}"
-    return _variant(linear8_kernel, title, tile.arch, fixed, missing, types, dtype, tile)
+    return _variant(linear8_kernel, title, tile.arch, fixed, missing, types=types, tile=tile)
 
 
-def input_variant(
-    arch: int, num_tokens: int, in_features: int, rotation: int, scheme: ActivationScheme, dtype: str
-) -> Variant:
+def input_variant(arch: int, num_tokens: int, in_features: int, rotation: int, scheme: ActivationScheme) -> Variant:
     """``input_kernel`` for a layer that divides, gathers and rotates."""
     tile = input_tile(num_tokens, in_features, rotation, input_group(scheme), RANK)
     fixed = input_constants(scheme, rotation, tile, 64, is_integer=True)
     title = f"input, {scheme}, {tile.block_m} x {tile.block_k}, rotated by {rotation}, {tile.chunk} components"
     return _variant(
-        input_kernel, title, arch, fixed, set(), {"out": "*i8"}, dtype, num_warps=tile.num_warps
+        input_kernel, title, arch, fixed, set(), types={"out": "*i8"}, num_warps=tile.num_warps
     )  # fmt: skip
 
 
@@ -86,8 +85,8 @@ def _variant(
     arch: int,
     fixed: Mapping[str, object],
     missing: set[str],
+    *,
     types: Mapping[str, str],
-    dtype: str = "bf16",
     tile: Tile | None = None,
     num_warps: int = SMALL_WARPS,
 ) -> Variant:
@@ -100,7 +99,7 @@ def _variant(
         tile=tile,
         num_warps=num_warps if tile is None else tile.num_warps,
         num_stages=SMALL_STAGES if tile is None else tile.num_stages,
-        types={name: known.get(name, f"*{dtype}") for name in given},
+        types={name: known.get(name, f"*{DTYPE}") for name in given},
         constants={**fixed, **dict.fromkeys(missing)},
         unaligned=_UNALIGNED,
     )
