@@ -7,8 +7,9 @@ import torch
 
 from models.kernels import get_backends
 from models.kernels.base import LinearSpec, select_backend
+from models.kernels.reference import ReferenceBackend
 from models.kernels.triton.environment import TritonEnvironment
-from models.scheme import QuantScheme
+from models.scheme import ActivationScheme, QuantScheme
 from models.types import RowRanks
 from tests.support.linear_oracle import random_layer
 from tests.support.triton_oracle import assert_bounded, bounded_output
@@ -68,6 +69,40 @@ def test_a_call_in_a_cuda_graph_reads_what_its_buffers_hold_then(num_rows: int) 
     ranks.per_row.fill_(5)
     graph.replay()
     assert torch.equal(output, layer(other, ranks))
+
+
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("is_symmetric", [False, True])
+@pytest.mark.parametrize(
+    "activations",
+    [ActivationScheme(8), ActivationScheme(8, 64), ActivationScheme(4, 128, is_symmetric=True)],
+    ids=str,
+)
+def test_integer_products_of_quantized_inputs(activations: ActivationScheme, is_symmetric: bool, num_bits: int) -> None:
+    scheme = QuantScheme(num_bits, 64, is_symmetric)
+    weights = random_layer(scheme, (1032, 1280), 32, "scale order", has_bias=True, activations=activations)
+    (backend,) = get_backends("triton")
+    layer = backend.prepare(weights, CUDA, torch.float16)
+    for num_rows in (1, 16, 33, 130, 700):
+        x = torch.randn(num_rows, 1280).half()
+        found, again = (layer(x.to(CUDA)) for _ in range(2))
+        assert_bounded(found, bounded_output(weights, x), torch.float16)
+        assert torch.equal(found, again)
+
+
+@pytest.mark.parametrize("rotation_block", [16, 128, 4096])
+def test_rotated_inputs_are_those_of_the_reference_up_to_ties(rotation_block: int) -> None:
+    activations = ActivationScheme(8, is_symmetric=True)
+    weights = random_layer(
+        QuantScheme(4, 128), (1024, 4096), 32, rotation_block=rotation_block, activations=activations
+    )
+    (backend,) = get_backends("triton")
+    layer = backend.prepare(weights, CUDA, torch.float16)
+    reference = ReferenceBackend().prepare(weights, CUDA, torch.float16)
+    for num_rows in (1, 100):
+        x = torch.randn(num_rows, 4096, device=CUDA).half()
+        expected = reference(x).double()
+        assert (layer(x).double() - expected).norm() <= 2.0**-8 * expected.norm()
 
 
 def test_the_backend_is_the_first_choice_on_a_gpu() -> None:

@@ -100,11 +100,12 @@ def test_inputs_are_divided_and_gathered_in_the_kernels(variant: str, num_rows: 
 
 
 @pytest.mark.parametrize("num_rows", ROW_COUNTS)
-def test_rotated_and_quantized_inputs_are_prepared_before_the_kernels(num_rows: int) -> None:
-    weights = random_layer(
-        QuantScheme(4, 32), (16, 64), 8, "scale", rotation_block=16, activations=ActivationScheme(4, 32, format="mxfp4")
-    )
-    check(weights, torch.randn(num_rows, 64).bfloat16())
+@pytest.mark.parametrize("activations", [None, ActivationScheme(4, 32, format="mxfp4")], ids=str)
+def test_rotated_and_quantized_inputs_are_prepared_before_the_kernels(
+    activations: ActivationScheme | None, num_rows: int
+) -> None:
+    weights = random_layer(QuantScheme(4, 32), (16, 64), 8, "scale order", rotation_block=16, activations=activations)
+    check(weights, torch.randn(num_rows, 64).half())
 
 
 @pytest.mark.parametrize("variant", ["", "serq"])
