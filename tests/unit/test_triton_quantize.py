@@ -94,8 +94,8 @@ def test_codes_are_those_of_the_reference(scheme: ActivationScheme, few_tokens: 
 
 
 @REGIMES
-@pytest.mark.parametrize("scheme", [None, *SCHEMES[::3]], ids=str)
-@pytest.mark.parametrize("variant", ["scale", "serq order", "scale order"])
+@pytest.mark.parametrize("scheme", [None, SCHEMES[0], SCHEMES[5]], ids=str)
+@pytest.mark.parametrize("variant", ["serq order", "scale order"])
 def test_values_and_their_down_projection_are_those_of_the_reference(
     variant: str, scheme: ActivationScheme | None, few_tokens: int
 ) -> None:
@@ -125,7 +125,7 @@ def check_reduced(result: Tensor, expected: Tensor, lora_down: Tensor | None) ->
 
 @REGIMES
 def test_a_rank_beyond_one_program_and_one_that_is_no_multiple_of_anything(few_tokens: int) -> None:
-    for rank in (9, 70):
+    for rank in (9, 70) if few_tokens == 0 else (9,):
         fused = FusedInput.of(layer(128, rank), CPU, torch.float16)
         x = some_input(3, 128, torch.float16)
         same, reduced = fused.prepare_input(x)
@@ -137,7 +137,7 @@ def test_a_rank_beyond_one_program_and_one_that_is_no_multiple_of_anything(few_t
 @REGIMES
 @pytest.mark.parametrize("block", [16, 64, 128, 256])
 def test_rotated_integers_are_exact(block: int, few_tokens: int) -> None:
-    # sums of whole numbers have no order; 1 / sqrt(block) is exact for powers of four, of the others one rounding remains
+    # sums of whole numbers have no order; 1 / sqrt(block) is exact for powers of four, else one rounding remains
     dtype = torch.float32 if block == 128 else torch.float16
     weights = layer(256, 8, "order", rotation_block=block, activations=ActivationScheme(8))
     x = torch.randint(-8, 9, (3, 256)).to(dtype)
@@ -179,6 +179,7 @@ def test_grids_that_the_kernel_does_not_know_are_rounded_in_torch(scheme: Activa
 
 
 @REGIMES
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_value_that_is_not_finite_shows_in_its_own_token_only(value: float, few_tokens: int) -> None:
     scheme = ActivationScheme(8, 64)

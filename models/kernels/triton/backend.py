@@ -1,7 +1,7 @@
 """The Triton kernels as a backend for NVIDIA GPUs: codes of every format, low-rank terms inside the products.
 
-Layers with quantized inputs are multiplied on the INT8 tensor cores (``linear8``). Layers whose inputs are not quantized,
-or not to a grid that integer tensor cores know, take 16-bit inputs (``linear16``); ``integer_obstacle`` says which.
+Layers with quantized inputs are multiplied on the INT8 tensor cores (``linear8``). Layers whose inputs are not
+quantized, or not to a grid that integer tensor cores know, take 16-bit inputs (``linear16``): see ``integer_obstacle``.
 """
 
 from collections.abc import Iterator

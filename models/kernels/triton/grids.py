@@ -1,7 +1,8 @@
 """Rounding of activations in registers: the grids of ``quant.activation``, operation by operation.
 
 Same divisions (rounded to nearest, where Triton's ``/`` is an approximation), same order, half to even: the steps are
-those of ``quantize_activations``. ``groups`` is (rows, groups, length) float32, what belongs to a group (rows, groups, 1).
+those of ``quantize_activations``. ``groups`` is (rows, groups, length) float32, what belongs to a group
+(rows, groups, 1).
 """
 
 import triton

@@ -15,12 +15,14 @@ from ...transform.inputs import InputTransform
 from ...types import LinearWeights
 from .hadamard import MAX_INNER, can_rotate
 from .integer import has_offset, input_group, rounding_obstacle
-from .launch16 import OPTIONS, cdiv
+from .launch16 import OPTIONS, SMALL_STAGES, cdiv
 from .quantize import input_kernel
 
 CODE_MULTIPLE = 128
 """Channels to whose multiple rows of codes are padded, with zeros: the longest step of the product."""
-_MAX_WHOLE = 16384
+MAX_WHOLE = 16384
+"""Channels of a token that a program can hold in registers; what rotates them takes as many again."""
+MAX_WHOLE_ROTATED = 8192
 FEW_TOKENS = 64
 """Tokens up to which each is a program of its own: ``lora_down`` is then read once a token, from the cache."""
 _FEW_COMPONENTS = 8
@@ -45,7 +47,18 @@ class IntegerInput(NamedTuple):
     reduced: Tensor | None
 
 
-class _Tile(NamedTuple):
+class _GridOut(NamedTuple):
+    scale: Tensor | None = None
+    offset: Tensor | None = None
+    sums: Tensor | None = None
+
+
+class InputTile(NamedTuple):
+    """block_m tokens and block_k channels at a time; chunk: components of lora_down for each program, 0: no lora_down
+
+    is_whole: block_k holds all channels of a token
+    """
+
     block_m: int
     block_k: int
     chunk: int
@@ -112,7 +125,7 @@ class FusedInput:
             return x, x[:, : self.rank] if self.rank else None
         prepared = x.new_empty(len(x), self.in_features)
         reduced = x.new_empty(len(x), self.rank) if self.rank else None
-        self._launch(x, prepared, None, None, None, reduced, segment=0)
+        self._launch(x, prepared, reduced, _GridOut(), segment=0)
         return prepared, reduced
 
     def quantize_input(self, x: Tensor, segment: int = 0) -> IntegerInput:
@@ -133,19 +146,10 @@ class FusedInput:
         offset = torch.empty_like(scale) if has_offset(scheme) else None
         sums = x.new_empty(padded // segment, num_tokens, dtype=torch.int32) if segment else None
         reduced = x.new_empty(num_tokens, self.rank) if self.rank else None
-        self._launch(x, codes, scale, offset, sums, reduced, segment=segment)
+        self._launch(x, codes, reduced, _GridOut(scale, offset, sums), segment)
         return IntegerInput(codes, scale, offset, sums, reduced)
 
-    def _launch(
-        self,
-        x: Tensor,
-        out: Tensor,
-        scale: Tensor | None,
-        offset: Tensor | None,
-        sums: Tensor | None,
-        reduced: Tensor | None,
-        segment: int,
-    ) -> None:
+    def _launch(self, x: Tensor, out: Tensor, reduced: Tensor | None, grid_out: _GridOut, segment: int) -> None:
         num_tokens, scheme = len(x), self.activations
         if not num_tokens:
             return
@@ -157,38 +161,23 @@ class FusedInput:
         x = x if x.stride(1) == 1 else x.contiguous()
         grid = (cdiv(num_tokens, tile.block_m), cdiv(self.rank, tile.chunk) if tile.chunk else 1)
         input_kernel[grid](
-            x, divisor, order, self.lora_down, out, scale, offset, sums, reduced,
+            x, divisor, order, self.lora_down, out, *grid_out, reduced,
             num_tokens, x.stride(0), out.shape[1], self.in_features, self.rank,
             1.0 if scheme is None else scheme.clip_ratio,
-            ROTATION=rotation,
-            INNER=min(rotation, MAX_INNER),
-            FORMAT="none" if scheme is None else scheme.format,
-            NUM_BITS=8 if scheme is None else scheme.num_bits,
-            IS_SYMMETRIC=scheme is None or scheme.is_symmetric,
-            IS_CEIL=scheme is not None and scheme.exponent == "ceil",
-            GROUP=input_group(scheme),
-            SEGMENT=segment,
-            IS_INTEGER=out.dtype == torch.int8,
-            CHUNK=tile.chunk,
-            BLOCK_M=tile.block_m,
-            BLOCK_K=tile.block_k,
-            IS_WHOLE=tile.is_whole,
+            **input_constants(scheme, rotation, tile, segment, is_integer=out.dtype == torch.int8),
             num_warps=tile.num_warps,
+            num_stages=SMALL_STAGES,
             **OPTIONS,
         )  # fmt: skip
 
-    def _tile(self, num_tokens: int) -> _Tile:
-        """Whole tokens where there are few, where nothing is shared between them, or where blocks are too wide."""
-        whole = max(CODE_MULTIPLE, _power_of_two_from(self.in_features))
-        has_down = self.lora_down is not None
-        block_m, block_k = _MANY_TOKENS_TILE
-        is_wide = can_rotate(self.rotation_block) and self.rotation_block > block_k
-        if whole <= _MAX_WHOLE and (num_tokens <= FEW_TOKENS or not has_down or is_wide):
-            chunk = min(_FEW_COMPONENTS, _power_of_two_from(self.rank)) if has_down else 0
-            return _Tile(1, whole, chunk, True, min(16, max(4, whole // 512)))
-        group = input_group(self.activations)
-        chunk = min(_MAX_COMPONENTS, max(16, _power_of_two_from(self.rank))) if has_down else 0
-        return _Tile(block_m, max(block_k, group), chunk, False, 4)
+    def _tile(self, num_tokens: int) -> InputTile:
+        return input_tile(
+            num_tokens,
+            self.in_features,
+            self.rotation_block if can_rotate(self.rotation_block) else 0,
+            input_group(self.activations),
+            0 if self.lora_down is None else self.rank,
+        )
 
     def _transform(self) -> InputTransform:
         """The same in torch; the divisor, which is kept in gathered order, in the order of the input."""
@@ -202,6 +191,47 @@ class FusedInput:
         x = x if self.activations is None else quantize_activations(x, self.activations)
         reduced = x[:, : self.rank] if self.lora_down is None else F.linear(x, self.lora_down)
         return x, reduced if self.rank else None
+
+
+def input_tile(num_tokens: int, in_features: int, rotation: int, group: int, down_rank: int) -> InputTile:
+    """Whole tokens where there are few, where nothing is shared between them, or where blocks are too wide.
+
+    Args:
+        num_tokens: rows of the input.
+        in_features: its channels.
+        rotation: width of the Hadamard blocks that the kernel applies, or 0.
+        group: channels that share a scale, or 0.
+        down_rank: rows of ``lora_down``, or 0.
+    """
+    whole = max(CODE_MULTIPLE, _power_of_two_from(in_features))
+    block_m, block_k = _MANY_TOKENS_TILE
+    fits = whole <= (MAX_WHOLE_ROTATED if rotation else MAX_WHOLE)
+    if fits and (num_tokens <= FEW_TOKENS or not down_rank or rotation > block_k):
+        chunk = min(_FEW_COMPONENTS, _power_of_two_from(down_rank)) if down_rank else 0
+        return InputTile(1, whole, chunk, True, min(16, max(4, whole // 512)))
+    chunk = min(_MAX_COMPONENTS, max(16, _power_of_two_from(down_rank))) if down_rank else 0
+    return InputTile(block_m, max(block_k, group), chunk, False, 4)
+
+
+def input_constants(
+    scheme: ActivationScheme | None, rotation: int, tile: InputTile, segment: int, *, is_integer: bool
+) -> dict[str, object]:
+    """What ``input_kernel`` is compiled for."""
+    return {
+        "ROTATION": rotation,
+        "INNER": min(rotation, MAX_INNER),
+        "FORMAT": "none" if scheme is None else scheme.format,
+        "NUM_BITS": 8 if scheme is None else scheme.num_bits,
+        "IS_SYMMETRIC": scheme is None or scheme.is_symmetric,
+        "IS_CEIL": scheme is not None and scheme.exponent == "ceil",
+        "GROUP": input_group(scheme),
+        "SEGMENT": segment,
+        "IS_INTEGER": is_integer,
+        "CHUNK": tile.chunk,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_K": tile.block_k,
+        "IS_WHOLE": tile.is_whole,
+    }
 
 
 def _power_of_two_from(number: int) -> int:

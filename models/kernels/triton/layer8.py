@@ -6,8 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ...quant import grid
-from ...quant.grid import dense_factors
+from ...quant.grid import dense_factors, dequantize
 from ...types import LinearWeights, QuantizedWeight, RowRanks
 from .environment import architecture, num_processors
 from .inputs import FusedInput, IntegerInput
@@ -18,8 +17,9 @@ from .pack import PackedWeight, pack_weights, storage_bits
 from .tiles import Tile, choose_tile, num_parts, tiles_of
 
 KERNEL = "linear8"
+ADDED_AT_ONCE = 1024
+"""Sums that a program of ``add_parts_kernel`` makes."""
 _SHORTEST_BLOCK = 32
-_ADDED_AT_ONCE = 1024
 _WEIGHTS_AT_ONCE = 1 << 24
 
 
@@ -88,21 +88,21 @@ class TritonLinear8:
         num_blocks = cdiv(self.weight.in_features, block_k)
         parts = num_parts(tile, num_tiles, num_blocks, self.num_processors)
         if parts == 1:
-            self._multiply(rows, row_ranks, output, tile, num_tiles, 1)
+            self._multiply(rows, row_ranks, output, tile, (num_tiles, 1))
             return output
         sums = output.new_empty(parts, *output.shape, dtype=torch.float32)
-        self._multiply(rows, row_ranks, sums, tile, num_tiles, parts)
-        add_parts_kernel[(cdiv(output.numel(), _ADDED_AT_ONCE),)](
-            sums, output, output.numel(), NUM_PARTS=parts, BLOCK=_ADDED_AT_ONCE, num_warps=4, **OPTIONS
+        self._multiply(rows, row_ranks, sums, tile, (num_tiles, parts))
+        add_parts_kernel[(cdiv(output.numel(), ADDED_AT_ONCE),)](
+            sums, output, output.numel(), NUM_PARTS=parts, BLOCK=ADDED_AT_ONCE, num_warps=4, **OPTIONS
         )
         return output
 
     def _multiply(
-        self, rows: IntegerInput, row_ranks: RowRanks | None, output: Tensor, tile: Tile, num_tiles: int, parts: int
+        self, rows: IntegerInput, row_ranks: RowRanks | None, output: Tensor, tile: Tile, grid: tuple[int, int]
     ) -> None:
         weight = self.weight
         has_rank = row_ranks is None or row_ranks.largest > 0
-        linear8_kernel[num_tiles, parts](
+        linear8_kernel[grid](
             rows.codes, rows.scale, rows.offset, rows.sums, weight.words, weight.high_words, weight.scale, weight.zero,
             self.column_sums, self.bias, rows.reduced, self.lora_up if has_rank else None,
             None if row_ranks is None else row_ranks.per_row, output,
@@ -155,6 +155,6 @@ def _column_sums(quantized: QuantizedWeight, group: int, device: torch.device) -
         part = quantized.rows(slice(start, start + step))
         zero_point = None if part.zero_point is None else part.zero_point.to(device)
         part = QuantizedWeight(part.codes.to(device), part.scale.to(device), zero_point, part.scheme)
-        weight = grid.dequantize(part)
+        weight = dequantize(part)
         sums.append(weight.view(len(weight), -1, group).sum(-1).T)
     return torch.cat(sums, 1).contiguous()

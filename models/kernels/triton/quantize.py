@@ -1,12 +1,12 @@
 """The input of a linear layer in one pass: divide, gather, rotate, round to INT, multiply with ``lora_down``.
 
-One program takes whole tokens. It reads them once from memory, in the gathered order (SERQ's reordering costs no pass of
-its own), and while they are in registers writes all that the product needs:
+One program takes whole tokens. It reads them once from memory, in the gathered order (SERQ's reordering costs no pass
+of its own), and while they are in registers writes all that the product needs:
 
     codes     signed bytes, a quarter to a half of what a 16-bit input would be read as by every column of tiles
     scale     of each token or group, float32
-    offset    of asymmetric 8-bit grids only. They span 255 steps around a zero that may lie anywhere, so the lowest step
-              is moved to -128; ``x' = scale * code + offset``. Narrower grids fit a signed byte with their zero at 0
+    offset    of asymmetric 8-bit grids only. They span 255 steps around a zero that may lie anywhere, so the lowest
+              step is moved to -128; ``x' = scale * code + offset``. Narrower grids fit a signed byte with zero at 0
     sums      of the codes in each segment of channels: what a zero point of the weights is multiplied with
     reduced   ``x' @ lora_down.T`` (or the first ``rank`` channels of x'): the low-rank term's input
 
@@ -116,7 +116,7 @@ def _load_tile(
     x, divisor, channel_order, rows, start, num_tokens, x_stride, in_features,
     ROTATION: tl.constexpr, INNER: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Channels ``start`` on of ``rows``, (BLOCK_M, BLOCK_K): divided, gathered and rotated, each rounded to x's type."""
+    """Channels ``start`` on of ``rows``, (BLOCK_M, BLOCK_K): divided, gathered, rotated, each rounded to x's type."""
     columns = start + tl.arange(0, BLOCK_K)
     is_channel = columns < in_features
     source = columns

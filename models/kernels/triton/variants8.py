@@ -1,68 +1,105 @@
 """The binaries of the INT8 path checked ahead of time: every tile, with the formats that cost most registers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ...scheme import ActivationScheme, QuantScheme
-from . import linear8
+from .inputs import FEW_TOKENS, MAX_WHOLE, MAX_WHOLE_ROTATED, input_constants, input_tile
 from .integer import has_offset, input_group
-from .layer8 import KERNEL, constants
+from .launch16 import SMALL_STAGES, SMALL_WARPS
+from .layer8 import ADDED_AT_ONCE, KERNEL, constants
+from .linear8 import add_parts_kernel, linear8_kernel
+from .quantize import input_kernel
 from .tiles import TILES, Tile
 from .variant import Variant
 
 RANK = 32
-ACTIVATIONS = (ActivationScheme(8), ActivationScheme(8, 128))
+DTYPE = "bf16"
+"""Of the layer: float16 takes as many registers."""
+PER_TOKEN, GROUPED = ActivationScheme(8), ActivationScheme(8, 128)
+_TYPES: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("channel_order", "words", "high_words", "sums", "sums_out"), "*i32"),
+        **dict.fromkeys(("divisor", "input_scale", "input_offset", "column_sums", "parts"), "*fp32"),
+        **dict.fromkeys(("scale_out", "offset_out"), "*fp32"),
+        **dict.fromkeys(("scale", "zero"), "*fp16"),
+        **dict.fromkeys(("num_rows", "num_tokens", "num_input_groups", "size", "rank"), "i32"),
+        **dict.fromkeys(("in_features", "out_features", "code_stride", "x_stride", "out_stride"), "i32"),
+        "codes": "*i8",
+        "row_ranks": "*i64",
+        "clip_ratio": "fp32",
+    }
+)
+"""Types of the arguments that do not have the layer's type."""
+_UNALIGNED = frozenset({"num_rows", "num_tokens", "num_input_groups", "size", "clip_ratio"})
 
 
-def variants(arch: int, dtype: str = "bf16") -> Iterator[Variant]:
-    """Every row of the table with codes of its width, asymmetric in groups of 64, and inputs per token and in groups.
+def variants(arch: int) -> Iterator[Variant]:
+    """All binaries for ``arch``: codes of every width in asymmetric groups of 64, with a term of rank 32.
 
     Args:
         arch: compute capability as one number.
-        dtype: of outputs, ``bf16`` or ``fp16``.
     """
     for tile in TILES:
-        if tile.kernel == KERNEL and tile.arch == arch:
-            for activations in ACTIVATIONS:
-                yield variant_of(tile, QuantScheme(tile.num_bits, 64), activations, dtype)
+        if (tile.kernel, tile.arch) == (KERNEL, arch):
+            yield product_variant(tile, QuantScheme(tile.num_bits, 64), PER_TOKEN)
+            if tile.num_bits == 4:
+                yield product_variant(tile, QuantScheme(4, 64), GROUPED)
+    for num_tokens, in_features, rotation, scheme in (
+        (FEW_TOKENS, MAX_WHOLE, 0, PER_TOKEN),
+        (FEW_TOKENS, MAX_WHOLE_ROTATED, MAX_WHOLE_ROTATED, PER_TOKEN),
+        (FEW_TOKENS, MAX_WHOLE_ROTATED, 128, GROUPED),
+        (FEW_TOKENS + 1, MAX_WHOLE, 128, PER_TOKEN),
+        (FEW_TOKENS + 1, MAX_WHOLE, 128, GROUPED),
+    ):
+        yield input_variant(arch, num_tokens, in_features, rotation, scheme)
+    fixed = {"NUM_PARTS": 16, "BLOCK": ADDED_AT_ONCE}
+    yield _variant(add_parts_kernel, "add 16 parts", arch, fixed, set(), types={"output": f"*{DTYPE}"})
 
 
-def variant_of(tile: Tile, scheme: QuantScheme, activations: ActivationScheme, dtype: str = "bf16") -> Variant:
-    """``linear8_kernel`` with ``tile``, for a layer with a correction of rank 32."""
-    fixed: dict[str, Any] = dict(
-        constants(scheme.num_bits, max(scheme.group_size, 0), input_group(activations), RANK, tile)
-    )
+def product_variant(tile: Tile, scheme: QuantScheme, activations: ActivationScheme) -> Variant:
+    """``linear8_kernel`` with ``tile``."""
+    fixed = constants(scheme.num_bits, max(scheme.group_size, 0), input_group(activations), RANK, tile)
     missing = {"bias", "row_ranks"} | (set() if scheme.num_bits == 3 else {"high_words"})
     missing |= {"zero", "sums"} if scheme.is_symmetric else set()
     missing |= set() if has_offset(activations) else {"input_offset", "column_sums"}
-    names = [name for name in linear8.linear8_kernel.arg_names if name not in fixed]
-    types = _TYPES | {"output": f"*{dtype}" if tile.max_split == 1 else "*fp32"}
+    types = {"output": f"*{DTYPE}" if tile.max_split == 1 else "*fp32"}
+    title = f"integer, {scheme}, inputs {activations}, rank {RANK}"
+    return _variant(linear8_kernel, title, tile.arch, fixed, missing, types=types, tile=tile)
+
+
+def input_variant(arch: int, num_tokens: int, in_features: int, rotation: int, scheme: ActivationScheme) -> Variant:
+    """``input_kernel`` for a layer that divides, gathers and rotates."""
+    tile = input_tile(num_tokens, in_features, rotation, input_group(scheme), RANK)
+    fixed = input_constants(scheme, rotation, tile, 64, is_integer=True)
+    title = f"input, {scheme}, {tile.block_m} x {tile.block_k}, rotated by {rotation}, {tile.chunk} components"
+    return _variant(
+        input_kernel, title, arch, fixed, set(), types={"out": "*i8"}, num_warps=tile.num_warps
+    )  # fmt: skip
+
+
+def _variant(
+    kernel: Any,
+    title: str,
+    arch: int,
+    fixed: Mapping[str, object],
+    missing: set[str],
+    *,
+    types: Mapping[str, str],
+    tile: Tile | None = None,
+    num_warps: int = SMALL_WARPS,
+) -> Variant:
+    known = {**_TYPES, **types}
+    given = [name for name in kernel.arg_names if name not in fixed and name not in missing]
     return Variant(
-        kernel=linear8.linear8_kernel,
-        title=f"{scheme}, inputs {activations}, rank {RANK}",
+        kernel=kernel,
+        title=title,
+        arch=arch,
         tile=tile,
-        types={name: types.get(name, f"*{dtype}") for name in names if name not in missing},
-        constants=fixed | {name: None for name in names if name in missing},
-        unaligned=frozenset({"num_rows", "num_input_groups"}),
+        num_warps=num_warps if tile is None else tile.num_warps,
+        num_stages=SMALL_STAGES if tile is None else tile.num_stages,
+        types={name: known.get(name, f"*{DTYPE}") for name in given},
+        constants={**fixed, **dict.fromkeys(missing)},
+        unaligned=_UNALIGNED,
     )
-
-
-_TYPES = {
-    "codes": "*i8",
-    "input_scale": "*fp32",
-    "input_offset": "*fp32",
-    "sums": "*i32",
-    "words": "*i32",
-    "high_words": "*i32",
-    "scale": "*fp16",
-    "zero": "*fp16",
-    "column_sums": "*fp32",
-    "row_ranks": "*i64",
-    "num_rows": "i32",
-    "in_features": "i32",
-    "out_features": "i32",
-    "code_stride": "i32",
-    "num_input_groups": "i32",
-    "rank": "i32",
-}
-"""Types of arguments that do not have the layer's type."""
