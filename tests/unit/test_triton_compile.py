@@ -54,7 +54,10 @@ def assert_fit(found: list[list[object]], arch: int) -> None:
 
 
 def test_kernels_of_two_regimes_fit_an_h100(tmp_path: Path) -> None:
-    names = ("split, INT4 asymmetric, group 64, rank 32 up to 16", "tiled, INT4 asymmetric, group 64, rank 32 up to 1073")
+    names = (
+        "split, INT4 asymmetric, group 64, rank 32 up to 16",
+        "tiled, INT4 asymmetric, group 64, rank 32 up to 1073",
+    )
     found = compiled(90, *names, folder=tmp_path)
     assert len(found) == len(names)
     assert_fit(found, 90)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..paged import PagedLayer, PagedRows
 from .attention import add_splits, attend_split
+from .launch16 import OPTIONS
 
 MIN_SPLIT_TOKENS = 128
 """A split reads so many tokens at least: shorter ones would spend their time on the second pass."""
@@ -79,11 +80,20 @@ class TritonPagedAttention:
             rows.block_tables.stride(0), _LOG2_E * head_dim**-0.5,
             **shape, **cut, TILE_ROWS=tile.rows, BLOCK_SIZE=layer.block_size, HAS_SCALES=layer.key_scales is not None,
             IS_WIDE=query.device.type == "cpu" and query.dtype == torch.bfloat16,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **OPTIONS,
         )  # fmt: skip
         if self.num_splits > 1:
             add_splits[rows.num_sequences, num_heads, rows.max_rows](
-                partial, weights, *lengths, output, **shape, **cut, TILE_SPLITS=min(SPLITS_AT_ONCE, self.num_splits)
+                partial,
+                weights,
+                *lengths,
+                output,
+                **shape,
+                **cut,
+                TILE_SPLITS=min(SPLITS_AT_ONCE, self.num_splits),
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+                **OPTIONS,
             )
 
 
