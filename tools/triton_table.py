@@ -1,7 +1,6 @@
 """Compile every Triton kernel for every tile ahead of time and write ``docs/gpu-kernels.md``; needs no GPU.
 
-    python -m tools.triton_table             # sm_80, sm_90, sm_100; some minutes
-    python -m tools.triton_table --arch 90 --output table.md
+Usage: python -m tools.triton_table [--arch 80 90 100] [--output FILE]; takes some minutes
 """
 
 import argparse
@@ -18,9 +17,9 @@ ARCHITECTURES = (80, 90, 100)
 OUTPUT = Path("docs/gpu-kernels.md")
 HEAD = """# The Triton kernels, compiled ahead of time
 
-Written by `python -m tools.triton_table` with Triton {version}. No GPU is needed for it: each kernel is compiled for the
-architecture named, down to machine code, with each row of the table of tiles (`models/kernels/triton/tiles.py`), and
-NVIDIA's assembler reports what it takes. A test compiles some of them on every run, and all of them under
+Written by `python -m tools.triton_table` with Triton {version}. No GPU is needed for it: each kernel is compiled for
+the architecture named, down to machine code, with each row of the table of tiles (`models/kernels/triton/tiles.py`),
+and NVIDIA's assembler reports what it takes. A test compiles some of them on every run, and all of them under
 `make test-all`: a tile that spills registers, or takes more shared memory than a block may have, fails it.
 
 Nothing here is a measurement of speed: the tiles are guesses until `python -m tools.tune_tiles` has run on a card.

@@ -1,23 +1,31 @@
 """Triton layers with 16-bit inputs, in Triton's interpreter, against their definition in float64."""
 
+import logging
 from dataclasses import fields, is_dataclass, replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from models.artifact.execution import describe_backends, warn_if_missing
+from models.artifact.load import load_artifact
 from models.errors import KernelError
 from models.kernels import default_backends, get_backends
 from models.kernels.base import LinearSpec, RowReader
 from models.kernels.reference import ReferenceBackend
 from models.kernels.triton.backend import TritonBackend
-from models.kernels.triton.environment import TritonEnvironment
+from models.kernels.triton.environment import MISSING, TritonEnvironment
 from models.kernels.triton.tiles import ANY_ROWS, Tile
+from models.llama.batch import Batch
+from models.llama.model import LlamaForCausalLM
 from models.quant.grid import dequantize
 from models.scheme import ActivationScheme, QuantScheme
 from models.types import LinearWeights, RowRanks
+from tests.support.artifact_builder import LinearKind, tiny_model, write_artifact
 from tests.support.linear_oracle import random_layer
+from tests.support.tiny_checkpoints import VOCAB_SIZE, tokenizer_files
 from tests.support.triton_oracle import assert_bounded, bounded_output
 
 CPU = torch.device("cpu")
@@ -63,29 +71,30 @@ def layer_of(scheme: QuantScheme, rank: int = 0, variant: str = "", *, has_bias:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES + FORMATS, ids=str)
-@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16])
-def test_every_scheme_is_computed_as_defined(scheme: QuantScheme, dtype: torch.dtype) -> None:
-    # each scheme meets the three regimes in turn, every width of codes all of them
-    number = (SCHEMES + FORMATS).index(scheme) + (dtype == FLOAT16)
+def test_every_scheme_is_computed_as_defined(scheme: QuantScheme) -> None:
+    # types and regimes take turns: every width of codes meets all six pairs
+    number = (SCHEMES + FORMATS).index(scheme)
     weights = layer_of(scheme)
-    x = torch.randn(ROW_COUNTS[number % 3], weights.quantized.in_features).to(dtype)
-    check(weights, x)
+    x = torch.randn(ROW_COUNTS[number % 3], weights.quantized.in_features)
+    check(weights, x.to((BFLOAT16, FLOAT16)[number // 3 % 2]))
 
 
 @pytest.mark.parametrize("num_rows", ROW_COUNTS)
 @pytest.mark.parametrize("variant", ["", "serq"])
 @pytest.mark.parametrize("rank", [8, 32, 64])
 def test_low_rank_terms_of_every_rank_are_computed_as_defined(rank: int, variant: str, num_rows: int) -> None:
-    check(layer_of(QuantScheme(4, -1), rank, variant), torch.randn(num_rows, 77).bfloat16())
+    check(layer_of(QuantScheme(4, -1), rank, variant), torch.randn(num_rows, 77).half())
 
 
-def test_a_rank_beyond_one_tile_and_one_that_is_no_multiple_of_anything() -> None:
-    for rank, num_rows in ((76, 3), (19, 18), (70, 18), (76, 1)):
-        check(layer_of(QuantScheme(4, -1), rank), torch.randn(num_rows, 77).half())
+@pytest.mark.parametrize(("rank", "num_rows"), [(76, 1), (70, 3), (19, 18), (70, 18)])
+def test_a_rank_of_several_tiles_or_of_no_round_number_is_computed_as_defined(rank: int, num_rows: int) -> None:
+    check(layer_of(QuantScheme(4, -1), rank), torch.randn(num_rows, 77).bfloat16())
 
 
-@pytest.mark.parametrize("num_rows", ROW_COUNTS)
-@pytest.mark.parametrize("variant", ["scale", "order", "scale order", "serq scale order"])
+@pytest.mark.parametrize(
+    ("variant", "num_rows"),
+    [("scale", 3), ("order", 18), *product(("scale order", "serq scale order"), ROW_COUNTS)],
+)
 def test_inputs_are_divided_and_gathered_in_the_kernels(variant: str, num_rows: int) -> None:
     check(layer_of(QuantScheme(3, 32), 8, variant, has_bias=True), torch.randn(num_rows, 96).half())
 
@@ -169,3 +178,34 @@ def test_the_backend_says_why_it_cannot_run_a_layer() -> None:
     assert "float32" in (INTERPRETER.unsupported(replace(SPEC, device=CPU, dtype=torch.float32)) or "")
     missing = TritonBackend(environment=TritonEnvironment(None, False))
     assert missing.unsupported(SPEC) == "triton is not installed; it comes with the extra: pip install 'qerve[gpu]'"
+
+
+def test_a_network_runs_on_the_backend_as_on_the_reference(tmp_path: Path) -> None:
+    kind = LinearKind(rank=8, has_input_scale=True)
+    write_artifact(tmp_path / "art", tiny_model(kind, vocab_size=VOCAB_SIZE), tokenizer_files=tokenizer_files())
+    logits, batch = {}, Batch.uncached([[5, 17, 301]])
+    for name in ("triton", "reference"):
+        loaded = load_artifact(tmp_path / "art", dtype=BFLOAT16, backend=name)
+        assert isinstance(loaded.model, LlamaForCausalLM)
+        assert {selection.backend.name for selection in loaded.selections.values()} == {name}
+        with torch.inference_mode():
+            logits[name] = loaded.model.logits(loaded.model(batch)).double()
+    # bfloat16 keeps 8 bits: a few rounding steps of the largest logit, through two layers
+    assert (logits["triton"] - logits["reference"]).abs().max() < 16 * 2**-8 * logits["reference"].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [(TritonEnvironment("3.9.0", False), "3.9.0, on CUDA devices"), (TritonEnvironment(None, False), MISSING)],
+)
+def test_what_there_is_of_triton_is_shown(environment: TritonEnvironment, words: str) -> None:
+    assert describe_backends([TritonBackend(environment=environment)]) == {"triton": words}
+
+
+def test_a_gpu_without_triton_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    missing = TritonBackend(environment=TritonEnvironment(None, False))
+    with caplog.at_level(logging.WARNING):
+        warn_if_missing([missing], CPU)
+        assert not caplog.records
+        warn_if_missing([missing], torch.device("cuda"))
+    assert [MISSING in record.message for record in caplog.records] == [True]

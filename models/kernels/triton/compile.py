@@ -1,7 +1,7 @@
 """Compile kernels ahead of time, for cards that need not be there: registers, shared memory and spills of each binary.
 
-Triton comes with ``ptxas``, NVIDIA's assembler, which says how many registers a kernel takes and how much of them it had
-to keep in memory instead (spills). Kernels are compiled in a process without ``TRITON_INTERPRET``.
+Triton comes with ``ptxas``, NVIDIA's assembler, which says how many registers a kernel takes, and how much it had to
+keep in memory because they ran out (spills). Kernels are compiled in a process without ``TRITON_INTERPRET``.
 """
 
 import re

@@ -15,6 +15,9 @@ MIN_CAPABILITY = (8, 0)
 """Oldest compute capability: bfloat16 tensor cores and asynchronous copies came with it."""
 
 
+MISSING = "triton is not installed; it comes with the extra: pip install 'qerve[gpu]'"
+
+
 @dataclass(frozen=True, slots=True)
 class TritonEnvironment:
     """version:         of the installed Triton; None: there is none
@@ -30,6 +33,12 @@ class TritonEnvironment:
         """Look for an installed Triton; settings from ``variables``."""
         return cls(_installed_version(), variables.get("TRITON_INTERPRET") == "1")
 
+    def describe(self) -> str:
+        """The version, or that there is none; for tables."""
+        if self.version is None:
+            return MISSING
+        return f"{self.version}, interpreted on the CPU" if self.is_interpreting else f"{self.version}, on CUDA devices"
+
     def why_not(self, device: torch.device) -> str | None:
         """Why the kernels do not run on ``device``; None: they do."""
         if device.type not in {"cuda", "cpu"}:
@@ -37,12 +46,13 @@ class TritonEnvironment:
         if device.type == "cpu" and not self.is_interpreting:
             return "runs on CUDA devices only, not on cpu"
         if self.version is None:
-            return "triton is not installed; it comes with the extra: pip install 'qerve[gpu]'"
+            return MISSING
         if device.type == "cpu":
             return None
-        if self.is_interpreting:
+        obstacle = _cuda_obstacle(device)
+        if obstacle is None and self.is_interpreting:
             return "TRITON_INTERPRET=1 runs kernels on the CPU; unset it to use the GPU"
-        return _cuda_obstacle(device)
+        return obstacle
 
 
 def architecture(device: torch.device) -> int:

@@ -7,14 +7,14 @@ divides the input channels between programs, which write partial sums. The rows 
 same product, so the down-projection costs neither a launch nor another reading of x. ``reduce_kernel`` adds the parts
 in a fixed order (no atomics: the same input gives the same bits on every run), then the up-projection and the bias.
 
-Many rows: ``prepare_kernel`` reads x once, writes x_c where that differs from x, and the down-projection, again in parts
+Many rows: ``prepare_kernel`` reads x once, writes x_c where that differs from x, and the down-projection, in parts too,
 because a few hundred rows do not fill the card either. ``tiled_kernel`` adds the parts up in its epilogue. Doing the
-down-projection inside ``tiled_kernel`` instead would repeat it in every column of tiles: at rank 32 and tiles 128 wide a
-quarter more products, against one more reading of an x that the layer before has just left in the cache.
+down-projection inside ``tiled_kernel`` instead would repeat it in every column of tiles: at rank 32 and tiles 128 wide
+a quarter more products, against one more reading of an x that the layer before has just left in the cache.
 
-Weights become numbers in float32 and are rounded once to the inputs' type for the tensor cores, exactly as the reference
-backend does; a single row is multiplied in float32 on the ordinary cores, without that rounding. ``GROUP_SIZE`` 0 means
-one scale per output channel, which is applied to the sum.
+Weights become numbers in float32 and are rounded once to the inputs' type for the tensor cores, as in the reference
+backend; a single row is multiplied in float32 on the ordinary cores, without that rounding. ``GROUP_SIZE`` 0 means one
+scale per output channel, which is applied to the sum.
 """
 
 import triton
@@ -199,7 +199,8 @@ def prepare_kernel(
     components = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     total = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     first = part * blocks_per_part
-    for block in tl.range(first, tl.minimum(first + blocks_per_part, tl.cdiv(in_features, BLOCK_K)), num_stages=NUM_STAGES):
+    last = tl.minimum(first + blocks_per_part, tl.cdiv(in_features, BLOCK_K))
+    for block in tl.range(first, last, num_stages=NUM_STAGES):
         channels = block * BLOCK_K + tl.arange(0, BLOCK_K)
         inputs = load_inputs(x, input_scale, channel_order, rows, channels, num_rows, in_features)
         if prepared is not None:
@@ -228,7 +229,8 @@ def tiled_kernel(
     reduced_parts: the ``num_parts`` that ``prepare_kernel`` leaves; None: the low-rank term reads x itself (SERQ)
     Grid: all tiles in one dimension; GROUP_M tiles of rows take turns at a tile of columns while it is in the cache.
     """
-    row_tile, column_tile = _tile_of(tl.program_id(0), tl.cdiv(num_rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N), GROUP_M)
+    num_row_tiles, num_column_tiles = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(out_features, BLOCK_N)
+    row_tile, column_tile = _tile_of(tl.program_id(0), num_row_tiles, num_column_tiles, GROUP_M)
     first_row, rows = row_tile * BLOCK_M, tl.arange(0, BLOCK_M)
     x += first_row.to(tl.int64) * in_features
     output += first_row.to(tl.int64) * out_features

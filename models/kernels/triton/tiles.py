@@ -1,4 +1,4 @@
-"""Sizes of tiles by kernel, architecture, bits of a code and number of rows: one list, rewritten by ``tools.tune_tiles``.
+"""Sizes of tiles by kernel, architecture, bits of a code and rows of input: one list, rewritten by a tuner.
 
 Until a tuner has run on a card, its rows are guesses: they compile without spills and fit the card's shared memory
 (``docs/gpu-kernels.md``), and nothing has been timed.

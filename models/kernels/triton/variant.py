@@ -16,8 +16,8 @@ class Variant:
     arch:      compute capability as one number
     tile:      row of the table of tiles that it belongs to; None: it is the same beside all of them
     num_warps, num_stages: as it is launched
-    types:     argument -> ``*bf16``, ``*i32``, ``i32``, ``fp32``; pointers and integers are taken to be multiples of 16,
-        as those of all layers of LLaMA are
+    types:     argument -> ``*bf16``, ``*i32``, ``i32``, ``fp32``; pointers and integers are taken to be multiples of
+        16, as those of all layers of LLaMA are
     constants: argument -> value; None for what a layer does not have
     unaligned: arguments of ``types`` that may have any value
     """

@@ -1,4 +1,4 @@
-"""The binaries of ``linear16`` that are checked ahead of time: every tile, with the formats that cost most registers."""
+"""The binaries of ``linear16`` that are checked ahead of time: every tile, with the formats that cost most."""
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -34,32 +34,30 @@ _TYPES: Mapping[str, str] = MappingProxyType(
 """Types of the arguments that do not have the inputs' type."""
 
 
-def variants(arch: int, dtype: str = "bf16") -> Iterator[Variant]:
-    """All binaries for ``arch``: codes of every width in asymmetric groups of 64, NF4 too, with a term of rank 32.
+def variants(arch: int) -> Iterator[Variant]:
+    """All binaries for compute capability ``arch`` as one number: bfloat16 inputs, a low-rank term of rank 32.
 
-    Args:
-        arch: compute capability as one number.
-        dtype: of inputs, ``bf16`` or ``fp16``.
+    Codes of every width in asymmetric groups of 64, and NF4.
     """
     tiles = [tile for tile in TILES if (tile.kernel, tile.arch) == (KERNEL, arch)]
     for tile in tiles:
-        yield from _of_format(tile, QuantScheme(tile.num_bits, 64), dtype)
+        yield from _of_format(tile, QuantScheme(tile.num_bits, 64))
         if tile.num_bits == 4:
-            yield from _of_format(tile, QuantScheme(4, 64, format="nf4"), dtype)
+            yield from _of_format(tile, QuantScheme(4, 64, format="nf4"))
     prepare = prepare_constants(RANK)
-    yield _small(linear16.prepare_kernel, f"prepare, rank {RANK}", arch, prepare, {"bias", "row_ranks"}, dtype)
+    yield _small(linear16.prepare_kernel, f"prepare, rank {RANK}", arch, prepare, {"bias", "row_ranks"})
     few = {(min(tile.block_m, 2), tile.max_split): tile for tile in tiles if tile.max_split > 1}
     for tile in few.values():
         constants = reduce_constants(tile, tile.max_split, RANK) | {"GROUP_SIZE": 64}
         title = f"reduce {tile.max_split} parts of {constants['BLOCK_M']} rows, rank {RANK}"
-        yield _small(linear16.reduce_kernel, title, arch, constants, {"input_scale", "channel_order"}, dtype)
+        yield _small(linear16.reduce_kernel, title, arch, constants, {"input_scale", "channel_order"})
 
 
-def _of_format(tile: Tile, scheme: QuantScheme, dtype: str) -> Iterator[Variant]:
+def _of_format(tile: Tile, scheme: QuantScheme) -> Iterator[Variant]:
     """The kernels that multiply codes of ``scheme`` in ``tile``."""
-    constants = format_constants(
-        scheme.num_bits, storage_bits(scheme.num_bits), scheme.group_size, fitting_block(tile.block_k, scheme.group_size)
-    ) | block_constants(tile, RANK)
+    group, bits = scheme.group_size, scheme.num_bits
+    constants = format_constants(bits, storage_bits(bits), group, fitting_block(tile.block_k, group))
+    constants |= block_constants(tile, RANK)
     missing = {"row_ranks", "bias", "channel_order", "input_scale"}
     missing |= {"zero"} if scheme.is_symmetric else {"table"}
     missing |= set() if scheme.num_bits == 3 else {"high_words"}
@@ -69,15 +67,13 @@ def _of_format(tile: Tile, scheme: QuantScheme, dtype: str) -> Iterator[Variant]
     for kernel, name, values in chosen:
         yield Variant(
             kernel, f"{name}, {scheme}, rank {RANK}", tile.arch, tile, tile.num_warps, tile.num_stages,
-            _types(kernel, values, missing, dtype), values | dict.fromkeys(_arguments(kernel, values) & missing),
+            _types(kernel, values, missing), values | dict.fromkeys(_arguments(kernel, values) & missing),
         )  # fmt: skip
 
 
-def _small(
-    kernel: Any, title: str, arch: int, constants: Mapping[str, int], missing: set[str], dtype: str
-) -> Variant:  # fmt: skip
+def _small(kernel: Any, title: str, arch: int, constants: Mapping[str, int], missing: set[str]) -> Variant:
     values = {**constants, **dict.fromkeys(_arguments(kernel, constants) & missing)}
-    types = _types(kernel, constants, missing, dtype)
+    types = _types(kernel, constants, missing)
     return Variant(kernel, title, arch, None, SMALL_WARPS, SMALL_STAGES, types, values)
 
 
@@ -85,6 +81,6 @@ def _arguments(kernel: Any, constants: Mapping[str, int]) -> set[str]:
     return set(kernel.arg_names) - set(constants)
 
 
-def _types(kernel: Any, constants: Mapping[str, int], missing: set[str], dtype: str) -> dict[str, str]:
+def _types(kernel: Any, constants: Mapping[str, int], missing: set[str]) -> dict[str, str]:
     given = _arguments(kernel, constants) - missing
-    return {name: _TYPES.get(name, f"*{dtype}") for name in kernel.arg_names if name in given}
+    return {name: _TYPES.get(name, "*bf16") for name in kernel.arg_names if name in given}
