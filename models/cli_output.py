@@ -79,8 +79,7 @@ def print_json(values: dict[str, object]) -> None:
     print(json.dumps(finite(values)))
 
 
-def print_rows(title: str, rows: dict[str, str]) -> None:
-    """A table of two columns."""
+def _print_rows(title: str, rows: dict[str, str]) -> None:
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in rows.items():
         table.add_row(name, value)
@@ -115,7 +114,7 @@ def print_build_report(report: "BuildReport", *, as_json: bool) -> None:
         del rows["  with embedding and head at 16 bits"]
     if report.num_resumed_layers:
         rows["layers taken over"] = f"{report.num_resumed_layers} from an interrupted build"
-    print_rows(report.artifact, rows)
+    _print_rows(report.artifact, rows)
 
 
 def print_inspection(
@@ -125,7 +124,7 @@ def print_inspection(
     if as_json:
         print_json(inspection.to_dict() | ({} if memory is None else {"host_memory": asdict(memory)}))
         return
-    print_rows(str(inspection.path), inspection.summary_rows() | ({} if memory is None else memory.rows()))
+    _print_rows(str(inspection.path), inspection.summary_rows() | ({} if memory is None else memory.rows()))
     if layers:
         table = Table("layer", "bits", "group", "rank", "effective bits", "weight error", "output error", "backend")
         for column in (table.columns[0], table.columns[-1]):

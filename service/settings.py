@@ -30,7 +30,8 @@ BatchSizes = Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], NoDecod
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
-def _no_such_gpu(name: str, num_devices: int, *, has_cuda: bool) -> str:
+def no_such_gpu(name: str, num_devices: int, *, has_cuda: bool) -> str:
+    """Why PyTorch, which sees ``num_devices``, does not have the GPU ``name``."""
     if not has_cuda:
         return f"device {name!r} is not here: this PyTorch is built without CUDA; install one that is, or choose cpu"
     names = ", ".join(f"cuda:{index}" for index in range(num_devices)) or "no CUDA device"
@@ -202,7 +203,7 @@ class Settings(BaseSettings):
         if device.type not in ("cpu", "cuda"):
             raise QerveError(f"device {name!r} is not supported: choose auto, cpu, cuda or cuda:N")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise QerveError(_no_such_gpu(name, torch.cuda.device_count(), has_cuda=torch.version.cuda is not None))
+            raise QerveError(no_such_gpu(name, torch.cuda.device_count(), has_cuda=torch.version.cuda is not None))
         return device
 
     def check_driver(self) -> None:

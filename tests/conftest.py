@@ -20,8 +20,6 @@ NUM_THREADS = 2
 
 def pytest_configure() -> None:
     """Small matrices gain nothing from more threads, and results stay independent of the machine's core count."""
-    # Triton reads it once, when it is first imported: its kernels then run on the CPU.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(min(NUM_THREADS, torch.get_num_threads()))
 
 

@@ -1,6 +1,7 @@
 """The network on a GPU: the same layers over a paged cache, with decode steps that are recorded once and replayed."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -48,16 +49,18 @@ class PagedLlama:
         Raises:
             ValueError: the spans' block tables do not fit the cache.
         """
-        if kv_cache is None:
-            hidden: Tensor = self.layers(batch)
-            return hidden
-        layout = PagedLayout.of(batch.spans, kv_cache, self.device)
-        plans = {window: PagedPlan(layout, self.attention, window) for window in self.config.windows}
-        return self.layers.attend_by(plans, batch, kv_cache)
+        with self._current_device():
+            if kv_cache is None:
+                hidden: Tensor = self.layers(batch)
+                return hidden
+            layout = PagedLayout.of(batch.spans, kv_cache, self.device)
+            plans = {window: PagedPlan(layout, self.attention, window) for window in self.config.windows}
+            return self.layers.attend_by(plans, batch, kv_cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``hidden`` (n, hidden_size) -> (n, vocab_size) float32."""
-        return self.layers.logits(hidden)
+        with self._current_device():
+            return self.layers.logits(hidden)
 
     @torch.inference_mode()
     def step(self, tokens: TokenBatch, kv_cache: PagedKVCache) -> Tensor | None:
@@ -68,7 +71,8 @@ class PagedLlama:
         """
         graphs = self._graphs
         if graphs is not None and (size := graphs.size_for(tokens, kv_cache)) is not None:
-            return graphs.run(tokens, size)
+            with self._current_device():
+                return graphs.run(tokens, size)
         batch, rows = tokens.tensors(self.device)
         hidden = self(batch, kv_cache)
         if not len(rows):
@@ -119,5 +123,10 @@ class PagedLlama:
             has_ranks: also for rows that get less of the corrections.
         """
         graphs = DecodeGraphs(self.layers, self.attention, kv_cache, sizes, max_context, has_ranks=has_ranks)
-        graphs.record(device)
+        with self._current_device():
+            graphs.record(device)
         self._graphs = graphs
+
+    def _current_device(self) -> AbstractContextManager[object]:
+        """Triton launches on the calling thread's current device, which is the first one unless it is told."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()

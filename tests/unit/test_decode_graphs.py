@@ -16,6 +16,13 @@ from models.llama.kv_cache import PagedKVCache
 from models.llama.model import LlamaForCausalLM
 from models.llama.paged_network import PagedLlama
 from models.llama.prefill import SdpaPrefill
+from service.bench.engine import PlainTexts
+from service.engine.block_manager import BlockManager
+from service.engine.engine import Engine, EngineObserver
+from service.engine.ngram import Drafter
+from service.engine.request import Request, SamplingParams
+from service.engine.runner import Runner
+from service.engine.scheduler import Scheduler
 from tests.support.llama_variants import uncached_logits
 from tests.support.native_network import network_of, save
 from tests.support.paged_steps import PagedSequence, fill_with_nan, next_tokens, scattered
@@ -178,3 +185,28 @@ def test_ranks_are_read_when_a_step_is_replayed(tmp_path: Path) -> None:
         eager = plain.step(next_tokens([(first, 4), (second, 4)], all_rows=False), plain.new_cache(NUM_BLOCKS))
         torch.testing.assert_close(rows, eager, rtol=0, atol=TOLERANCE)
     assert not torch.allclose(logits[0][1], logits[None][1], atol=1e-3)
+
+
+def generated(model: PagedLlama, cache: PagedKVCache, num_drafted: int = 0) -> list[list[int]]:
+    """What an engine makes of prompts that come while others decode; the cache is too small for all of them at once."""
+    blocks = BlockManager(cache.num_blocks, has_prefix_cache=True)
+    drafter = Drafter(num_drafted, 2) if num_drafted else None
+    engine = Engine(Runner(model, cache), Scheduler(blocks, 4, 32, drafter), PlainTexts(), EngineObserver())
+    params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    prompts = [[7, 8] * (length // 2) for length in (20, 40, 6, 30, 20)]
+    requests = [Request(str(index), prompt, params) for index, prompt in enumerate(prompts)]
+    for request in requests:
+        engine.add(request)
+        engine.step()
+    while engine.has_work:
+        assert not [output.error for output in engine.step() if output.error]
+    return [list(request.output_token_ids) for request in requests]
+
+
+@pytest.mark.parametrize("num_drafted", [0, 3])
+def test_an_engine_generates_the_same_with_and_without_recorded_steps(num_drafted: int) -> None:
+    model, plain = build("llama_grouped_tied"), build("llama_grouped_tied")
+    cache, device = model.new_cache(9), RecordingDevice()
+    model.record_decodes(cache, (1, 2, 4), MAX_CONTEXT, device, has_ranks=False)
+    assert generated(model, cache, num_drafted) == generated(plain, plain.new_cache(9))
+    assert num_drafted or len(replays(device)) > 10

@@ -1,6 +1,7 @@
 """Attention over the paged cache, in Triton's interpreter and in torch, against a loop in float64."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,3 +144,13 @@ def test_the_specification_in_torch_computes_attention(data: st.DataObject) -> N
         is_int8=data.draw(st.booleans()),
     )
     check(TorchPagedAttention(), case, data.draw(st.none() | st.integers(1, 40)))
+
+
+@needs_triton
+def test_the_kernel_fits_an_h100_without_spills(tmp_path: Path) -> None:
+    """One shape of heads; ``test_triton_compile`` has all of them for every card, among the slow tests."""
+    from tests.unit.test_triton_compile import assert_fit, compiled
+
+    found = compiled(90, "attention, 3 heads of 64", folder=tmp_path)
+    assert len(found) == 1
+    assert_fit(found, 90)

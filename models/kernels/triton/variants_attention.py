@@ -1,20 +1,18 @@
-"""The binaries of ``attention`` that are checked ahead of time: shapes of heads as models have them, with what costs most.
+"""The binaries of ``attention`` that are checked ahead of time: shapes of heads as models have them, and the worst.
 
 Their tiles follow from the shape of the heads (``paged.AttentionTile``), not from the table; the number of rows and
 splits, windows and 8-bit caches are compiled in.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from . import attention
-from .paged import MAX_SPLITS, MIN_SPLIT_TOKENS, SPLITS_AT_ONCE, AttentionTile
-from .tiles import ANY_ROWS, Tile
+from .paged import DRAFT_SHARE, MAX_SPLITS, MIN_SPLIT_TOKENS, SPLITS_AT_ONCE, AttentionTile
 from .variant import Variant
 
-ARCHITECTURES = (80, 86, 89, 90, 100)
 BLOCK_SIZE = 16
-_NAME = "attention"
+_HALF_BYTES = 2
 _INTEGERS = ("table_ptr", "context_ptr", "start_ptr", "rows_ptr")
 _FLOATS = ("key_scale_ptr", "value_scale_ptr", "partial_ptr", "weight_ptr")
 
@@ -27,6 +25,12 @@ class Heads(NamedTuple):
     max_rows: int = 1
     window: int = 0
     cache_bits: int = 16
+
+    @property
+    def title(self) -> str:
+        """For a table."""
+        window = f", window {self.window}" if self.window else ""
+        return f"{self.group} heads of {self.head_dim}, {self.max_rows} rows, {self.cache_bits}-bit cache{window}"
 
 
 HEADS = (
@@ -42,22 +46,20 @@ HEADS = (
 )
 
 
-def variants(dtype: str = "bf16") -> Iterator[Variant]:
-    """Every shape on every architecture, split and added up.
+def variants(arch: int, dtype: str = "bf16") -> Iterator[Variant]:
+    """Every shape on ``arch``, split and added up.
 
     Args:
+        arch: compute capability as one number.
         dtype: of queries and of 16-bit caches, ``bf16`` or ``fp16``.
     """
-    for arch in ARCHITECTURES:
-        for heads in HEADS:
-            yield from variants_of(heads, arch, dtype)
+    for heads in HEADS:
+        yield from variants_of(heads, arch, dtype)
 
 
 def variants_of(heads: Heads, arch: int, dtype: str) -> Iterator[Variant]:
     """Both kernels for one shape."""
-    tile = AttentionTile.of(heads.group, heads.head_dim, heads.max_rows, 2)
-    title = f"{heads.group} heads of {heads.head_dim}, {heads.max_rows} rows, {heads.cache_bits}-bit cache"
-    title += f", window {heads.window}" if heads.window else ""
+    tile = AttentionTile.of(heads.group, heads.head_dim, heads.max_rows, _HALF_BYTES)
     shape = {
         "KV_HEADS": 8,
         "GROUP": heads.group,
@@ -65,28 +67,30 @@ def variants_of(heads: Heads, arch: int, dtype: str) -> Iterator[Variant]:
         "CHANNELS": tile.channels,
         "TILE_TOKENS": tile.tokens,
         "WINDOW": heads.window,
-        "NUM_SPLITS": MAX_SPLITS,
+        "NUM_SPLITS": MAX_SPLITS if heads.max_rows == 1 else MAX_SPLITS // DRAFT_SHARE,
         "MIN_SPLIT": MIN_SPLIT_TOKENS,
         "MAX_ROWS": heads.max_rows,
     }
-    own = {
-        "TILE_ROWS": tile.rows,
-        "BLOCK_SIZE": BLOCK_SIZE,
-        "HAS_SCALES": heads.cache_bits == 8,
-        "IS_WIDE": False,
-    }
-    sizes = Tile(_NAME, arch, heads.cache_bits, ANY_ROWS, tile.rows, tile.channels, tile.tokens, MAX_SPLITS,
-                 tile.num_warps, tile.num_stages)  # fmt: skip
-    yield _variant(attention.attend_split, f"split: {title}", sizes, dtype, heads, shape | own)
-    yield _variant(attention.add_splits, f"add: {title}", sizes, dtype, heads, shape | {"TILE_SPLITS": SPLITS_AT_ONCE})
+    own = {"TILE_ROWS": tile.rows, "BLOCK_SIZE": BLOCK_SIZE, "HAS_SCALES": heads.cache_bits == 8, "IS_WIDE": False}
+    for kernel, name, constants in (
+        (attention.attend_split, "attention", shape | own),
+        (attention.add_splits, "added up", shape | {"TILE_SPLITS": SPLITS_AT_ONCE}),
+    ):
+        yield Variant(
+            kernel=kernel,
+            title=f"{name}, {heads.title}",
+            arch=arch,
+            tile=None,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            types={key: kind for key, kind in _types(heads, dtype).items() if key in kernel.arg_names},
+            constants=constants,
+            unaligned=frozenset({"table_width", *attention.HOST_MADE}),
+        )
 
 
-def _variant(
-    kernel: Any, title: str, tile: Tile, dtype: str, heads: Heads, constants: Mapping[str, object]
-) -> Variant:  # fmt: skip
+def _types(heads: Heads, dtype: str) -> dict[str, str]:
     cache = "*i8" if heads.cache_bits == 8 else f"*{dtype}"
     types = {"query_ptr": f"*{dtype}", "output_ptr": f"*{dtype}", "key_ptr": cache, "value_ptr": cache}
     types |= dict.fromkeys(_INTEGERS, "*i32") | dict.fromkeys(_FLOATS, "*fp32")
-    types |= {"table_width": "i32", "score_scale": "fp32"}
-    named = {name: kind for name, kind in types.items() if name in kernel.arg_names}
-    return Variant(kernel, title, tile, named, dict(constants), frozenset({"table_width", "score_scale"}))
+    return types | {"table_width": "i32", "score_scale": "fp32"}
