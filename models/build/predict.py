@@ -130,8 +130,7 @@ def _summary(
         build_memory_bytes=build_memory_bytes(checkpoint.config, config),
         training_memory_bytes=training_memory_bytes(checkpoint.config, config, device),
         gpu_memory_bytes={
-            phase.value: size
-            for phase, size in device_memory(checkpoint.config, config, torch.device("cuda")).items()
+            phase.value: size for phase, size in device_memory(checkpoint.config, config, torch.device("cuda")).items()
         },
         own=config.layers,
         has_ranks=training_method(config) is None,
