@@ -1,7 +1,6 @@
 """`make gpu-check` without a GPU, and what it would write with one; the extra that brings the GPU kernels."""
 
 import json
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
