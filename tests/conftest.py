@@ -1,6 +1,11 @@
 """Fixtures shared by every test: determinism, and the optional inputs that a checkout may lack."""
 
 import os
+
+# Triton decides when it is imported whether kernels run in its interpreter, and torch or transformers may import it.
+# Tests of a GPU are run with TRITON_INTERPRET=0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import random
 from pathlib import Path
 

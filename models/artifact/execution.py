@@ -13,6 +13,7 @@ from ..kernels.base import KernelBackend
 from ..kernels.native.backend import NativeBackend
 from ..kernels.native.describe import describe_native
 from ..kernels.native.inputs import ActivationBits
+from ..kernels.triton.backend import TritonBackend
 from ..llama.fuse import Unfused, fuse
 from ..llama.model import LlamaForCausalLM
 from ..llama.native import NativeLlama
@@ -62,7 +63,7 @@ class RunOptions:
 class Execution:
     """How a network runs.
 
-    native:  what the native kernels are here, in words; empty where they were not asked for
+    native:  what the native and the Triton kernels are here, in words; empty where they were not asked for
     unfused: why they do not run all of it as one list of operators; None: they do
     """
 
@@ -93,15 +94,25 @@ def run_natively(
 
 
 def describe_backends(backends: Sequence[KernelBackend]) -> dict[str, str]:
-    """What the native one of ``backends`` is here; empty without one."""
-    return next((describe_native(backend) for backend in backends if isinstance(backend, NativeBackend)), {})
+    """What the native and the Triton one of ``backends`` are here; empty without them."""
+    rows: dict[str, str] = {}
+    for backend in backends:
+        if isinstance(backend, NativeBackend):
+            rows |= describe_native(backend)
+        elif isinstance(backend, TritonBackend):
+            rows["triton"] = backend.environment.describe()
+    return rows
 
 
 def warn_if_missing(backends: Sequence[KernelBackend], device: torch.device) -> None:
-    """One warning where the native kernels would run, were they there: everything still works, several times slower."""
+    """One warning where kernels for ``device`` would run, were they there: all still works, several times slower."""
     for backend in backends:
         if isinstance(backend, NativeBackend) and isinstance(backend.runtime, str) and device.type == "cpu":
             logger.warning("running without native kernels, several times slower: %s", backend.runtime)
+        if isinstance(backend, TritonBackend) and device.type == "cuda":
+            reason = backend.environment.why_not(device)
+            if reason is not None:
+                logger.warning("running without Triton kernels, several times slower: %s", reason)
 
 
 def resident_bytes(network: Network, prepared: dict[str, int]) -> dict[str, int]:

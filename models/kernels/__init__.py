@@ -8,13 +8,20 @@ from .native.inputs import ActivationBits
 from .reference import ReferenceBackend
 from .torch_int4 import TorchInt4Backend
 from .torch_int8 import TorchInt8Backend
+from .triton.backend import TritonBackend
 
 AUTO = "auto"
 
 
 def default_backends(activation_bits: ActivationBits = 8) -> tuple[KernelBackend, ...]:
     """Those that serve, in order of preference; the reference backend, which runs every layer, comes last."""
-    return (NativeBackend(activation_bits), TorchInt4Backend(), TorchInt8Backend(), ReferenceBackend())
+    return (
+        NativeBackend(activation_bits),
+        TritonBackend(),
+        TorchInt4Backend(),
+        TorchInt8Backend(),
+        ReferenceBackend(),
+    )
 
 
 def get_backends(preference: str = AUTO, activation_bits: ActivationBits = 8) -> tuple[KernelBackend, ...]:
@@ -29,9 +36,9 @@ def get_backends(preference: str = AUTO, activation_bits: ActivationBits = 8) ->
     """
     if preference == AUTO:
         return default_backends(activation_bits)
-    backends = (*default_backends(activation_bits), DequantizedBackend())
-    chosen = tuple(backend for backend in backends if backend.name == preference)
-    if not chosen:
-        names = ", ".join((AUTO, *(backend.name for backend in backends)))
-        raise KernelError(f"kernel backend {preference!r} is unknown; choose one of {names}")
-    return chosen
+    # asked for by name, Triton may be interpreted: see its backend
+    backends = (*default_backends(activation_bits), DequantizedBackend(), TritonBackend(is_interpreter_wanted=True))
+    chosen = {backend.name: backend for backend in backends}
+    if preference not in chosen:
+        raise KernelError(f"kernel backend {preference!r} is unknown; choose one of {', '.join((AUTO, *chosen))}")
+    return (chosen[preference],)

@@ -130,13 +130,23 @@ def make_linear(scheme: QuantScheme, dtype: torch.dtype, preference: str = "auto
 @pytest.mark.parametrize(
     ("scheme", "dtype", "name", "passed_over"),
     [
-        (QuantScheme(4, 64), torch.bfloat16, "torch-int4", ["native"]),
-        (QuantScheme(8, -1, True), torch.bfloat16, "torch-int8", ["native", "torch-int4"]),
-        (QuantScheme(3, 64), torch.bfloat16, "reference", ["native", "torch-int4", "torch-int8"]),
-        (QuantScheme(4, 64), torch.float32, "reference", ["native", "torch-int4", "torch-int8"]),
-        (QuantScheme(4, 32, format="mxint"), torch.bfloat16, "torch-int4", ["native"]),
-        (QuantScheme(4, 32, format="mxfp4"), torch.bfloat16, "reference", ["native", "torch-int4", "torch-int8"]),
-        (QuantScheme(4, 64, format="nf4"), torch.bfloat16, "reference", ["native", "torch-int4", "torch-int8"]),
+        (QuantScheme(4, 64), torch.bfloat16, "torch-int4", ["native", "triton"]),
+        (QuantScheme(8, -1, True), torch.bfloat16, "torch-int8", ["native", "triton", "torch-int4"]),
+        (QuantScheme(3, 64), torch.bfloat16, "reference", ["native", "triton", "torch-int4", "torch-int8"]),
+        (QuantScheme(4, 64), torch.float32, "reference", ["native", "triton", "torch-int4", "torch-int8"]),
+        (QuantScheme(4, 32, format="mxint"), torch.bfloat16, "torch-int4", ["native", "triton"]),
+        (
+            QuantScheme(4, 32, format="mxfp4"),
+            torch.bfloat16,
+            "reference",
+            ["native", "triton", "torch-int4", "torch-int8"],
+        ),
+        (
+            QuantScheme(4, 64, format="nf4"),
+            torch.bfloat16,
+            "reference",
+            ["native", "triton", "torch-int4", "torch-int8"],
+        ),
     ],
 )
 def test_the_first_backend_that_can_is_chosen_and_the_reasons_are_kept(
@@ -158,7 +168,8 @@ def test_a_layer_tells_the_backends_how_its_input_is_treated() -> None:
 
 
 def test_a_backend_can_be_forced_and_then_nothing_stands_in_for_it() -> None:
-    assert [backend.name for backend in default_backends()] == ["native", "torch-int4", "torch-int8", "reference"]
+    names = [backend.name for backend in default_backends()]
+    assert names == ["native", "triton", "torch-int4", "torch-int8", "reference"]
     assert make_linear(QuantScheme(4, 64), torch.bfloat16, "reference").selection.backend.name == "reference"
     with pytest.raises(KernelError, match=r"layers\.0\.q_proj: .*torch-int4: takes 4-bit codes, not 5-bit"):
         make_linear(QuantScheme(5, 64), torch.bfloat16, "torch-int4")
@@ -166,7 +177,7 @@ def test_a_backend_can_be_forced_and_then_nothing_stands_in_for_it() -> None:
 
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     with pytest.raises(
-        KernelError, match="'gpu' is unknown; choose one of auto, native, torch-int4, torch-int8, reference"
+        KernelError, match="'gpu' is unknown; choose one of auto, native, triton, torch-int4, torch-int8, reference"
     ):
         get_backends("gpu")
 
@@ -183,7 +194,7 @@ def test_the_reference_keeps_packed_codes_only(num_bits: int) -> None:
 @pytest.mark.parametrize("scheme", [QuantScheme(4, 64), QuantScheme(4, -1), QuantScheme(8, -1, True)], ids=str)
 def test_torch_backends_keep_codes_once_and_count_every_byte(scheme: QuantScheme) -> None:
     weights = random_layer(scheme, (128, 512), rank=4, variant="scale order", has_bias=True)
-    (backend,) = (b for b in default_backends()[1:-1] if b.unsupported(replace(INT4, scheme=scheme)) is None)
+    (backend,) = (b for b in default_backends()[2:-1] if b.unsupported(replace(INT4, scheme=scheme)) is None)
     prepared = backend.prepare(weights, CPU, torch.bfloat16)
     prepared(torch.randn(100, 512).bfloat16())
     assert prepared.nbytes == resident_bytes(prepared)

@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs, written in Triton; the modules with kernels are imported only where they run."""
