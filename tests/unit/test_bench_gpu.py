@@ -158,9 +158,10 @@ def test_our_kernels_say_why_they_do_not_run_here(monkeypatch):
         made(ours(W4A16, 0), SHAPE, CPU)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("is_fused", [True, False])
-def test_our_layers_compute_the_same_fused_or_not(monkeypatch, is_fused):
-    monkeypatch.setattr(made_by, "BACKEND", "reference")
+def test_our_layers_compute_the_same_fused_or_not(monkeypatch, is_fused, backend):
+    monkeypatch.setattr(made_by, "BACKEND", backend)
     torch.manual_seed(1)
     run = made(ours(W4A16, 32, is_fused=is_fused), SHAPE, CPU)
     torch.manual_seed(1)

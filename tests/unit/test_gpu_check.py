@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from packaging.requirements import Requirement
+from typer.testing import CliRunner
 
+from models.cli import make_cli
+from models.kernels.triton import environment
+from models.scheme import QuantScheme
 from tests.conftest import pytest_collection_modifyitems
+from tests.support.artifact_builder import LinearKind
 from tests.support.gpu import why_no_gpu
+from tests.support.native_network import network_of, save
 from tools import gpu_check
 from tools.gpu_check import NO_GPU, Outcome, card_section, with_section
 
@@ -158,3 +164,13 @@ def test_the_gpu_extra_is_triton_and_nothing_else():
     assert not only.marker.evaluate({"platform_system": "Darwin", "platform_machine": "arm64"})
     assert only.marker.evaluate({"platform_system": "Linux", "platform_machine": "x86_64"})
     assert "triton" not in {it.name for it in found[""]}
+
+
+@pytest.mark.parametrize("version", [None, "9.9"])
+def test_inspect_says_whether_there_is_triton_and_how_to_get_it(monkeypatch, tmp_path, version):
+    monkeypatch.setattr(environment, "_installed_version", lambda: version)
+    saved = save(tmp_path / "tiny", network_of(LinearKind(QuantScheme(group_size=32), rank=4)))
+    result = CliRunner().invoke(make_cli(), ["inspect", str(saved.path), "--json"])
+    assert result.exit_code == 0, result.exception
+    assert ("pip install 'qerve[gpu]'" in result.stdout) is (version is None)
+    assert "9.9" in result.stdout or version is None
