@@ -3,23 +3,27 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from .cli_card import Card, is_artifact, print_serving, serving_rows
 from .cli_options import with_build_options
 from .cli_output import GIB, MIB, WIDE, RichObserver, print_json
 from .config import BuildConfig
 
 if TYPE_CHECKING:
     from .build.planned import Plan, PlannedLayer
+    from .llama.device_memory import ServingPlan
 
 
 @with_build_options
 def plan(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint: a Hugging Face directory, a .gguf file, a Hub id.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Checkpoint: a Hugging Face directory, a .gguf file, a Hub id; or an artifact.")
+    ],
     *,
     settings: BuildConfig,
     gradients: Annotated[
@@ -29,20 +33,35 @@ def plan(
         Path | None, typer.Option(help="Write the configuration with every layer's bits and rank (.toml, .json).")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N.")] = "cpu",
+    device_memory: Annotated[
+        str | None, typer.Option(help="Also plan serving on a GPU with this much memory, e.g. 24GiB.")
+    ] = None,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of it that the server may take.")] = 0.9,
+    max_num_seqs: Annotated[int, typer.Option(min=1, max=1024, help="Sequences generated at once there.")] = 8,
+    max_num_batched_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one step there.")] = 2048,
+    kv_cache_dtype: Annotated[Literal["auto", "fp16", "int8"], typer.Option(help="Keys and values there.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Predict size, memory and loss of a build, and how --target-bits would be spent."""
+    """Predict size, memory and loss of a build, and how --target-bits would be spent.
+
+    Of an artifact that is there already: what serving it on a GPU takes (--device-memory).
+    """
     from .build.planning import plan_build
     from .llama.checkpoint import open_checkpoint
 
+    card = Card(device_memory, gpu_memory_utilization, max_num_seqs, max_num_batched_tokens, kv_cache_dtype)
+    if is_artifact(checkpoint):
+        print_serving(checkpoint, card.of_artifact(Path(checkpoint)), as_json=as_json)
+        return
     with RichObserver() as observer:
-        result = plan_build(
-            open_checkpoint(checkpoint, revision), settings, device=device, observer=observer, use_gradients=gradients
-        )
+        opened = open_checkpoint(checkpoint, revision)
+        card.check()
+        result = plan_build(opened, settings, device=device, observer=observer, use_gradients=gradients)
+    serving = card.of_plan(opened.config, result)
     if write is not None:
         spent_config(settings, result).write(write)
-    print_plan(checkpoint, settings, result, as_json=as_json)
+    print_plan(checkpoint, settings, result, serving, as_json=as_json)
 
 
 def spent_config(settings: BuildConfig, result: "Plan") -> BuildConfig:
@@ -55,13 +74,16 @@ def spent_config(settings: BuildConfig, result: "Plan") -> BuildConfig:
     return BuildConfig.from_dict(values | {"layers": layers}, "plan")
 
 
-def print_plan(checkpoint: str, settings: BuildConfig, result: "Plan", *, as_json: bool) -> None:
+def print_plan(
+    checkpoint: str, settings: BuildConfig, result: "Plan", serving: "ServingPlan | None" = None, *, as_json: bool
+) -> None:
     """The plan as a summary and a table of choices by kind of layer, or as one JSON object."""
     if as_json:
-        print_json({"checkpoint": checkpoint, **result.to_dict()})
+        on_card = {} if serving is None else {"serving": serving.to_dict()}
+        print_json({"checkpoint": checkpoint, **result.to_dict(), **on_card})
         return
     summary = Table(title=checkpoint, show_header=False, title_justify="left")
-    for name, value in _summary(settings, result).items():
+    for name, value in (_summary(settings, result) | serving_rows(serving)).items():
         summary.add_row(name, value)
     choices = Table("layers", "bits: number of layers", "rank: number of layers", "effective bits")
     if _has_losses(result):

@@ -10,6 +10,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from models.artifact.format import qerve_version
 from models.artifact.load import LoadedModel
+from models.llama.kv_cache import PagedKVCache
+from models.llama.network import KVCache
 
 from .access import AccessMiddleware
 from .api import chat, completions, perplexity, system, tokenize
@@ -25,6 +27,7 @@ from .engine.ngram import Drafter
 from .engine.runner import Runner
 from .engine.scheduler import Scheduler
 from .errors import install_handlers
+from .gpu import add_device_memory, gpu_serving
 from .grammar import GrammarCompiler
 from .key_limits import KeyLimits
 from .keys import KeyRing
@@ -51,12 +54,18 @@ def create_app(loaded: LoadedModel, settings: Settings, keys: KeyRing | None = N
     started = time.perf_counter()
     model = loaded.model
     limits = CacheLimits(settings.max_num_seqs, settings.max_model_len, settings.kv_cache_memory)
+    gpu = gpu_serving(model, settings, max((it.rank for it in loaded.manifest.linears.values()), default=0))
+    limits = limits if gpu is None else gpu.limits(settings)
     plan = plan_cache(model.config, model.cache_block_bytes, model.device.type, available_bytes(model.device), limits)
-    info = ModelInfo(
-        _model_name(settings), plan.max_model_len, loaded.manifest, loaded.selections, loaded.execution.rows()
-    )
+    kv_cache = model.new_cache(plan.num_blocks)
+    if gpu is not None and isinstance(kv_cache, PagedKVCache):
+        gpu.record(kv_cache, plan.max_model_len)
+    execution = loaded.execution.rows() | ({} if gpu is None else gpu.rows)
+    info = ModelInfo(_model_name(settings), plan.max_model_len, loaded.manifest, loaded.selections, execution)
     metrics = Metrics(info.name, plan.max_model_len)
-    engine = _engine(loaded, settings, plan, metrics)
+    if gpu is not None:
+        add_device_memory(metrics, gpu.memory)
+    engine = _engine(loaded, settings, plan, kv_cache, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -104,9 +113,10 @@ def _model_name(settings: Settings) -> str:
     return "qerve" if settings.artifact is None else settings.artifact.resolve().name
 
 
-def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: Metrics) -> AsyncEngine:
+def _engine(
+    loaded: LoadedModel, settings: Settings, plan: CachePlan, kv_cache: KVCache, metrics: Metrics
+) -> AsyncEngine:
     model = loaded.model
-    kv_cache = model.new_cache(plan.num_blocks)
     blocks = BlockManager(plan.num_blocks, has_prefix_cache=settings.prefix_caching)
     budget = step_tokens(model.device.type, settings.max_num_seqs, settings.max_num_batched_tokens)
     num_drafted = settings.speculative_tokens

@@ -65,6 +65,7 @@ def serve(
         typer.echo(describe(settings, options), nl=False)
         return
     _check_artifact(settings.artifact)
+    settings.check_driver()
     from .process import serve_settings
 
     serve_settings(settings)

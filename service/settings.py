@@ -1,6 +1,5 @@
 """Settings of the server, each with its bounds, its default and what it means."""
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,23 +12,12 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from models.cuda_driver import driver_obstacle
 from models.errors import QerveError
+from models.sizes import parse_size
 
 if TYPE_CHECKING:
     import torch
-
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
-_SIZE = re.compile(r"\s*(\d{1,15}(?:\.\d{1,6})?)\s*([kmg]i?)?b?\s*", re.IGNORECASE)
-
-
-def parse_size(value: object) -> object:
-    """``"512MiB"``, ``"2G"``, ``"1.5 GiB"`` or a plain number, in bytes; what is no text is passed on."""
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value)
-    if match is None:
-        raise ValueError(f"{value!r} is not a size; write bytes, or a number with KiB, MiB, GiB, kB, MB or GB")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
 
 
 def _split(value: object) -> object:
@@ -38,7 +26,16 @@ def _split(value: object) -> object:
 
 
 ByteSize = Annotated[int, BeforeValidator(parse_size), Field(ge=1, le=1 << 50)]
+BatchSizes = Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], NoDecode, BeforeValidator(_split)]
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+
+
+def no_such_gpu(name: str, num_devices: int, *, has_cuda: bool) -> str:
+    """Why PyTorch, which sees ``num_devices``, does not have the GPU ``name``."""
+    if not has_cuda:
+        return f"device {name!r} is not here: this PyTorch is built without CUDA; install one that is, or choose cpu"
+    names = ", ".join(f"cuda:{index}" for index in range(num_devices)) or "no CUDA device"
+    return f"device {name!r} is not here: PyTorch sees {names}"
 
 
 class Settings(BaseSettings):
@@ -84,6 +81,13 @@ class Settings(BaseSettings):
     )
     kv_cache_memory: ByteSize | None = Field(
         default=None, description="Key-value cache, e.g. 2GiB; unset: from free memory"
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.9, gt=0, le=1, description="Share of a GPU's memory for weights, cache, recorded steps and workspace"
+    )
+    cuda_graphs: bool = Field(default=True, description="Record decode steps on a GPU and replay them")
+    cuda_graph_sizes: BatchSizes = Field(
+        default=(), description="Batch sizes to record; unset: 1, 2, 4, ... up to max_num_seqs"
     )
     max_queue: int = Field(default=64, ge=0, le=100_000, description="Sequences that may wait")
     shed_rank_queue: int | None = Field(
@@ -165,6 +169,7 @@ class Settings(BaseSettings):
         Raises:
             QerveError: no such device here.
         """
+        self.check_driver()
         import torch
 
         name = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -175,8 +180,13 @@ class Settings(BaseSettings):
         if device.type not in ("cpu", "cuda"):
             raise QerveError(f"device {name!r} is not supported: choose auto, cpu, cuda or cuda:N")
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise QerveError(f"device {name!r} is not here: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+            raise QerveError(no_such_gpu(name, torch.cuda.device_count(), has_cuda=torch.version.cuda is not None))
         return device
+
+    def check_driver(self) -> None:
+        """Without importing PyTorch: raise QerveError when a GPU is asked for by name and none can be here."""
+        if self.device.split(":")[0] == "cuda" and (obstacle := driver_obstacle()) is not None:
+            raise QerveError(f"device {self.device!r} is not here: {obstacle}; choose --device cpu, or auto")
 
     @property
     def torch_dtype(self) -> "torch.dtype | None":

@@ -17,7 +17,8 @@ MAX_FUNCTION_LINES = 60
 PICKLE_MODULES = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
 # The layers of `models`, lowest first, as far as a rule below names "everything above".
 COMMAND_LINE = (
-    "models.cli", "models.cli_options", "models.cli_output", "models.cli_eval", "models.cli_plan", "models.cli_compare"
+    "models.cli", "models.cli_options", "models.cli_output", "models.cli_eval", "models.cli_plan", "models.cli_compare",
+    "models.cli_card",
 )  # fmt: skip
 ABOVE_ARTIFACT = (
     "models.calibration", "models.evaluate", "models.build", "models.compare", "models.report", "models.export",

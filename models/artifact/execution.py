@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -14,10 +14,12 @@ from ..kernels.native.backend import NativeBackend
 from ..kernels.native.describe import describe_native
 from ..kernels.native.inputs import ActivationBits
 from ..kernels.triton.backend import TritonBackend
+from ..llama.attention_choice import choose_attention
 from ..llama.fuse import Unfused, fuse
 from ..llama.model import LlamaForCausalLM
 from ..llama.native import NativeLlama
 from ..llama.network import Network
+from ..llama.paged_network import PagedLlama
 from ..types import QuantizedWeight
 
 logger = logging.getLogger("qerve.load")
@@ -65,15 +67,17 @@ class Execution:
 
     native:  what the native and the Triton kernels are here, in words; empty where they were not asked for
     unfused: why they do not run all of it as one list of operators; None: they do
+    attention: which kernels attend on a GPU and why others do not, in words; empty elsewhere
     """
 
     native: dict[str, str]
     unfused: str | None
+    attention: dict[str, str] = field(default_factory=dict)
 
     def rows(self) -> dict[str, str]:
         """Name -> value of a table."""
         network = "one list of native operators" if self.unfused is None else f"layer by layer: {self.unfused}"
-        return self.native | {"network": network}
+        return self.native | {"network": network} | self.attention
 
 
 def run_natively(
@@ -82,7 +86,7 @@ def run_natively(
     backends: Sequence[KernelBackend],
     options: RunOptions,
 ) -> tuple[Network, Execution]:
-    """``model`` over the native kernels as one list of operators, or as it is where that is not possible."""
+    """``model`` over the native kernels as one list of operators, over a paged cache on a GPU, or as it is."""
     native = describe_backends(backends)
     try:
         return fuse(model, embedding, options.native_cache_dtype), Execution(native, None)
@@ -90,7 +94,10 @@ def run_natively(
         unfused = str(reason)
     if options.kv_cache_dtype != "auto":
         model.cache_dtype = _CACHE_DTYPES[options.kv_cache_dtype]
-    return model, Execution(native, unfused)
+    if model.device.type != "cuda":
+        return model, Execution(native, unfused)
+    choice = choose_attention(model.config, model.device, model.dtype)
+    return PagedLlama(model, choice), Execution(native, unfused, choice.rows())
 
 
 def describe_backends(backends: Sequence[KernelBackend]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from ..device import default_dtype
 from ..kernels import get_backends
 from ..kernels.base import LinearSpec, Selection, select_backend
 from ..kernels.native.backend import NativeBackend
+from ..llama.attention_choice import choose_attention
 from ..llama.fuse import obstacle_of
 from ..scheme import EMBEDDING, HEAD
 from .describe import describe_build, describe_scheme, describe_vocabulary, vocabulary_rows
@@ -114,7 +115,8 @@ def inspect_artifact(path: Path, device: str, is_verified: bool, options: RunOpt
         selections = {
             name: select_backend(_spec(record, target, dtype), backends, name) for name, record in records.items()
         }
-        execution = Execution(describe_backends(backends), obstacle_of(reader.config, selections))
+        attention = choose_attention(reader.config, target, dtype).rows() if target.type == "cuda" else {}
+        execution = Execution(describe_backends(backends), obstacle_of(reader.config, selections), attention)
         return Inspection(path, reader.manifest, selections, dtype, execution)
 
 

@@ -53,7 +53,7 @@ class ArtifactWeights:
     """The ``WeightSource`` over an open artifact.
 
     Norms come in ``dtype``; so do the embedding and the head unless they are stored narrower: the network widens them
-    row by row.
+    row by row. Bytes are read onto the device as they are stored, and unpacked and repacked there, layer by layer.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class ArtifactWeights:
         Raises:
             ArtifactError: there is none of that name, or a value is not finite.
         """
-        tensor = self._reader.tensor(name)
+        tensor = self._reader.tensor(name, self._device)
         is_kept = tensor.dim() > 1 and tensor.dtype.itemsize < self._dtype.itemsize
         tensor = tensor.to(self._device, tensor.dtype if is_kept else self._dtype)
         self.resident_bytes["unquantized"] += tensor.nbytes
@@ -92,7 +92,7 @@ class ArtifactWeights:
         """
         if path == HEAD and self._shared_head is not None:
             return self._shared_head
-        weights = self._reader.linear(path)
+        weights = self._reader.linear(path, self._device)
         layer = self._embedding(weights) if path == EMBEDDING else self._layer(path, weights, self._backends)
         self._freed_bytes += weights.quantized.codes.nbytes
         del weights

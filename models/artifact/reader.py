@@ -2,9 +2,11 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor
 
 from ..closing import Closing
@@ -103,22 +105,22 @@ class ArtifactReader(Closing):
                 verify_shards(shards, manifest)
             return cls(description, shards, resources.pop_all())
 
-    def tensor(self, name: str) -> Tensor:
-        """The unquantized tensor ``name`` in the type it is stored in, on the CPU.
+    def tensor(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """The unquantized tensor ``name`` in the type it is stored in, on ``device``.
 
         Raises:
             ArtifactError: there is none of that name, or a value is not finite.
         """
         if name not in self.manifest.tensors:
             raise ArtifactError(f"{self.path}: holds no tensor {name!r}")
-        tensor = self._read(name)
+        tensor = self._read(name, device)
         if tensor.is_floating_point():
             with blaming(self.path / self.manifest.tensors[name].file):
                 check_finite(name, tensor)
         return tensor
 
-    def linear(self, path: str) -> LinearWeights:
-        """The quantized linear layer at module ``path``, on the CPU.
+    def linear(self, path: str, device: torch.device | str = "cpu") -> LinearWeights:
+        """The quantized linear layer at module ``path``, on ``device``: packed as stored up to there, unpacked on it.
 
         Also a quantized output head, ``lm_head``, and a quantized embedding, ``model.embed_tokens``, whose rows are the
         vocabulary's. A head that shares the embedding's codes is read from there.
@@ -133,10 +135,10 @@ class ArtifactReader(Closing):
         if record is None:
             raise ArtifactError(f"{self.path}: holds no linear layer {path!r}")
         with blaming(self.path / self.manifest.tensors[f"{path}.weight_packed"].file):
-            return decode_linear(path, record, self._read)
+            return decode_linear(path, record, partial(self._read, device=device))
 
-    def _read(self, name: str) -> Tensor:
-        return self._shards[self.manifest.tensors[name].file].read(name)
+    def _read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        return self._shards[self.manifest.tensors[name].file].read(name, device)
 
     def close(self) -> None:
         """Close the files."""

@@ -9,7 +9,7 @@ A plan is made once per forward pass and window, and every layer with that windo
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,16 @@ from .kv_cache import PagedKVCache
 
 QUERY_CHUNK = 512
 """Queries per masked call: bounds the mask to 512 x context, where a long prompt's whole mask would be quadratic."""
+
+
+class LayerAttention(Protocol):
+    """How the layers with one sliding window attend over a batch."""
+
+    def attend(
+        self, layer_index: int, query: Tensor, key: Tensor, value: Tensor, kv_cache: PagedKVCache | None
+    ) -> Tensor:
+        """See ``AttentionPlan.attend``."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +100,7 @@ class AttentionPlan:
             else:
                 cached_key, cached_value = kv_cache.read(layer_index, group.slots)
                 seen_key, seen_value = cached_key.to(query.dtype), cached_value.to(query.dtype)
-            attended = _attend(_split(query[rows], group), seen_key, seen_value, self.window, group.is_seen)
+            attended = causal_attention(_split(query[rows], group), seen_key, seen_value, self.window, group.is_seen)
             outputs.append(attended.flatten(0, 1).flatten(1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -131,7 +141,9 @@ def _split(rows: Tensor, group: SpanGroup) -> Tensor:
     return rows.reshape(group.num_sequences, group.num_tokens, *rows.shape[1:])
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None, is_seen: Tensor | None) -> Tensor:
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, is_seen: Tensor | None = None
+) -> Tensor:
     """(sequences, tokens, heads, head_dim) in and out; the last query is aligned with the last key."""
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     num_queries, num_keys = query.shape[2], key.shape[2]

@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -43,11 +43,20 @@ def ranks_of_rows(spans: Sequence[SequenceSpan]) -> "array[int] | None":
         return None
     ranks = array("i")
     for span in spans:
-        rank = ALL_COMPONENTS if span.rank is None else min(span.rank, ALL_COMPONENTS)
-        if rank < 0:
-            raise ValueError(f"a sequence cannot have {rank} components of a correction")
-        ranks.extend([rank] * span.num_tokens)
+        ranks.extend([rank_of(span)] * span.num_tokens)
     return ranks
+
+
+def rank_of(span: SequenceSpan) -> int:
+    """The rank of its rows, ``ALL_COMPONENTS`` where it leaves it open.
+
+    Raises:
+        ValueError: a negative rank.
+    """
+    rank = ALL_COMPONENTS if span.rank is None else min(span.rank, ALL_COMPONENTS)
+    if rank < 0:
+        raise ValueError(f"a sequence cannot have {rank} components of a correction")
+    return rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +65,18 @@ class Batch:
 
     token_ids, positions: (num_tokens,) int64; positions as the spans tell them: each row's place in its sequence
     spans:                one per sequence, in row order, covering every row
-    row_ranks:            what the spans say of corrections, for every row; None: all of each
+    row_ranks:            how much of each correction every row gets, where spans do not say it; None: all
     """
 
     token_ids: Tensor
     positions: Tensor
     spans: tuple[SequenceSpan, ...]
-    row_ranks: RowRanks | None = field(init=False)
+    row_ranks: RowRanks | None = None
 
     def __post_init__(self) -> None:
-        row_ranks, ranks = None, ranks_of_rows(self.spans)
-        if ranks:
+        if ranks := ranks_of_rows(self.spans):
             per_row = torch.tensor(ranks, dtype=torch.int64)
-            row_ranks = RowRanks(per_row.to(self.token_ids.device), max(ranks))
-        object.__setattr__(self, "row_ranks", row_ranks)
+            object.__setattr__(self, "row_ranks", RowRanks(per_row.to(self.token_ids.device), max(ranks)))
 
     @property
     def num_tokens(self) -> int:

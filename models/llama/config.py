@@ -136,6 +136,11 @@ class LlamaConfig:
         """Sliding window of one layer; None: full attention."""
         return None if layer_index in self.full_attention_layers else self.sliding_window
 
+    @property
+    def windows(self) -> frozenset[int | None]:
+        """The distinct ``window`` of all layers."""
+        return frozenset(self.window(index) for index in range(self.num_hidden_layers))
+
     def linear_shapes(self) -> dict[str, LinearShape]:
         """Module path -> shape of every quantizable linear layer, in network order."""
         shapes: dict[str, LinearShape] = {}

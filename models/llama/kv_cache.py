@@ -7,6 +7,7 @@ back differs from what was written by half a step, which is 1/254 of that magnit
 import torch
 from torch import Tensor
 
+from ..kernels.paged import PagedLayer
 from .config import LlamaConfig
 
 _SCALE_DTYPE = torch.float32
@@ -16,10 +17,10 @@ _LARGEST_CODE = 127
 class PagedKVCache:
     """Slots for the keys and values of ``num_blocks * block_size`` tokens, in every layer.
 
-    dtype: a float type, or int8
+    dtype:            a float type, or int8
+    has_block_tables: spans name their blocks, not their slots
+    has_scratch:      there is one block more, behind those that are handed out, for rows that only fill up a batch
     """
-
-    has_block_tables = False
 
     def __init__(
         self,
@@ -28,10 +29,16 @@ class PagedKVCache:
         block_size: int = 16,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        *,
+        has_block_tables: bool = False,
+        has_scratch: bool = False,
     ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
-        shape = (config.num_hidden_layers, num_blocks * block_size, config.num_key_value_heads, config.head_dim)
+        self.has_block_tables = has_block_tables
+        self.has_scratch = has_scratch
+        num_slots = (num_blocks + has_scratch) * block_size
+        shape = (config.num_hidden_layers, num_slots, config.num_key_value_heads, config.head_dim)
         self._keys = _Slots(shape, dtype, device)
         self._values = _Slots(shape, dtype, device)
 
@@ -63,6 +70,17 @@ class PagedKVCache:
             Both as they will be read.
         """
         return self._keys.write(layer_index, key, slot_mapping), self._values.write(layer_index, value, slot_mapping)
+
+    def layer(self, layer_index: int) -> PagedLayer:
+        """The memory of one layer, as kernels take it."""
+        keys, values = self._keys, self._values
+        return PagedLayer(
+            keys.codes[layer_index],
+            values.codes[layer_index],
+            None if keys.scales is None else keys.scales[layer_index],
+            None if values.scales is None else values.scales[layer_index],
+            self.block_size,
+        )
 
     def read(self, layer_index: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value at ``slots`` (...) int64: (..., num_kv_heads, head_dim) each.

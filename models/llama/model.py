@@ -4,7 +4,7 @@ Linear layers come from the weight source, so that dense, quantized and fake one
 run in the dtype of the norm gains; the embedding and the head may be stored narrower, or as codes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from ..quant.activation import quantize_activations
 from ..quant.grid import dequantize_rows
 from ..scheme import EMBEDDING, HEAD
 from ..types import QuantizedWeight, RowRanks
-from .attention import AttentionPlan
+from .attention import AttentionPlan, LayerAttention
 from .batch import Batch, TokenBatch
 from .config import LlamaConfig
 from .kv_cache import PagedKVCache
@@ -94,7 +94,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rotary: Rotary,
-        plan: AttentionPlan,
+        plan: LayerAttention,
         kv_cache: PagedKVCache | None,
         row_ranks: RowRanks | None = None,
     ) -> Tensor:
@@ -147,7 +147,7 @@ class DecoderLayer(nn.Module):
         batch: Batch,
         rotary: Rotary,
         kv_cache: PagedKVCache | None = None,
-        plan: AttentionPlan | None = None,
+        plan: LayerAttention | None = None,
     ) -> Tensor:
         """Run the block.
 
@@ -197,8 +197,16 @@ class LlamaForCausalLM(nn.Module):
     def forward(self, batch: Batch, kv_cache: PagedKVCache | None = None) -> Tensor:
         """Hidden states (num_tokens, hidden_size) after the final norm."""
         has_cache = kv_cache is not None
-        windows = {self.config.window(index) for index in range(self.config.num_hidden_layers)}
-        plans = {window: AttentionPlan.of(batch, window, has_cache) for window in windows}
+        plans = {window: AttentionPlan.of(batch, window, has_cache) for window in self.config.windows}
+        return self.attend_by(plans, batch, kv_cache)
+
+    def attend_by(
+        self, plans: Mapping[int | None, LayerAttention], batch: Batch, kv_cache: PagedKVCache | None
+    ) -> Tensor:
+        """``forward`` with the attention of every window planned by the caller.
+
+        Of ``batch.spans``, nothing but a dynamic rotary embedding looks at them then.
+        """
         rotary = self._rotary(batch, self.dtype)
         hidden = self._embed(batch.token_ids)
         for index, layer in enumerate(self.layers):

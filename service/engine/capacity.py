@@ -12,7 +12,8 @@ MAX_DEFAULT_BYTES = {"cpu": 4 * _GIB, "cuda": 64 * _GIB}
 AVAILABLE_SHARE = {"cpu": 0.3, "cuda": 0.7}
 """Of the memory that is free after loading: the rest is for activations, and on a CPU for everybody else.
 
-All of what is taken fills up in time, since blocks are remembered until others need them.
+Where a plan of the device's memory says what the cache gets, neither counts. All of what is taken
+fills up in time, since blocks are remembered until others need them.
 """
 DEFAULT_STEP_TOKENS = {"cpu": 512, "cuda": 2048}
 """Of one step: enough that the matrix products are compute-bound, few enough that decodes beside them wait little."""
@@ -28,11 +29,15 @@ class CachePlan:
 
 @dataclass(frozen=True, slots=True)
 class CacheLimits:
-    """What the operator asked for; None: decide from the model and the memory that is available."""
+    """What the operator asked for; None: decide from the model and the memory that is available.
+
+    fills_memory: take all of ``memory_bytes``, also where ``max_num_seqs`` need less: the rest remembers prefixes
+    """
 
     max_num_seqs: int
     max_model_len: int | None = None
     memory_bytes: int | None = None
+    fills_memory: bool = False
 
 
 def plan_cache(
@@ -53,7 +58,9 @@ def plan_cache(
     budget = limits.memory_bytes
     if budget is None:
         budget = min(MAX_DEFAULT_BYTES[device_type], int(available_bytes * AVAILABLE_SHARE[device_type]))
-    num_blocks = min(budget // bytes_per_block, blocks_per_sequence * limits.max_num_seqs)
+    num_blocks = budget // bytes_per_block
+    if not limits.fills_memory:
+        num_blocks = min(num_blocks, blocks_per_sequence * limits.max_num_seqs)
     if num_blocks < blocks_per_sequence and (limits.max_model_len is not None or num_blocks < 1):
         raise QerveError(
             f"{budget} bytes of key-value cache hold {num_blocks * BLOCK_SIZE} tokens, one sequence of {wanted_len} "

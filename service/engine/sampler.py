@@ -92,7 +92,8 @@ def process(logits: Tensor, requests: Sequence[Request]) -> None:
             values = logits[row].cpu()
             request.logits_processor.apply(values.numpy(), request.output_token_ids)
             if logits.device.type != "cpu":
-                logits[row] = values.to(logits.device)
+                with torch.inference_mode():  # logits come from a step, which allows no other writing
+                    logits[row] = values.to(logits.device)
 
 
 def most_likely(logits: Tensor) -> list[int | None]:

@@ -156,13 +156,13 @@ class CountingReader(ArtifactReader):
 
     asked: Counter[str]
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         self.asked[name] += 1
-        return super().tensor(name)
+        return super().tensor(name, device)
 
-    def linear(self, path: str) -> LinearWeights:
+    def linear(self, path: str, device: torch.device | str = "cpu") -> LinearWeights:
         self.asked[path] += 1
-        return super().linear(path)
+        return super().linear(path, device)
 
 
 def test_every_tensor_is_read_once_and_layers_in_order(tmp_path: Path) -> None:

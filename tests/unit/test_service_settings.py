@@ -1,13 +1,17 @@
 """Settings: options over environment over defaults, and messages for what is not allowed."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from models.cuda_driver import driver_obstacle
 from models.errors import QerveError
+from models.sizes import parse_size
 from service.configuration import describe, read_settings
-from service.settings import Settings, parse_size
+from service.settings import Settings, no_such_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -85,6 +89,53 @@ def test_the_api_key_does_not_show_in_the_settings():
 def test_a_device_that_is_not_here_is_refused(device):
     with pytest.raises(QerveError, match="device"):
         _ = read_settings({"device": device}).torch_device
+
+
+def test_a_missing_driver_is_told_without_pytorch():
+    """Seconds earlier than PyTorch could: in a process of its own, which never imports it."""
+    code = (
+        "import sys\n"
+        "from service.configuration import read_settings\n"
+        "try:\n    read_settings({'device': 'cuda:1'}).check_driver()\n"
+        "except Exception as error:\n    print(error)\n"
+        "print('torch' in sys.modules)\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert answer.endswith("False\n")
+    if driver_obstacle() is not None:
+        assert "device 'cuda:1' is not here: there is no" in answer
+        assert "choose --device cpu" in answer
+
+
+def test_what_keeps_a_gpu_away_is_said():
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    assert "no NVIDIA driver here (libcuda.so.1" in driver_obstacle(missing, "linux")
+    assert driver_obstacle(lambda name: name, "linux") is None
+    assert "no CUDA for darwin" in driver_obstacle(missing, "darwin")
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "has_cuda", "words"),
+    [(0, False, "built without CUDA"), (0, True, "sees no CUDA device"), (2, True, "sees cuda:0, cuda:1")],
+)
+def test_which_gpus_there_are_is_said(num_devices, has_cuda, words):
+    assert words in no_such_gpu("cuda:7", num_devices, has_cuda=has_cuda)
+
+
+def test_sizes_of_recorded_steps_are_a_list():
+    assert read_settings({"cuda_graph_sizes": "1, 8,64"}).cuda_graph_sizes == (1, 8, 64)
+    assert read_settings({}).cuda_graph_sizes == ()
+    for wrong in ("1,many", "0", "2000"):
+        with pytest.raises(QerveError, match="cuda_graph_sizes"):
+            read_settings({"cuda_graph_sizes": wrong})
+
+
+@pytest.mark.parametrize("share", [0, 1.01, -1, "all"])
+def test_a_share_of_memory_is_above_0_and_1_at_most(share):
+    with pytest.raises(QerveError, match="gpu_memory_utilization"):
+        read_settings({"gpu_memory_utilization": share})
 
 
 def test_dtype_auto_leaves_the_choice_to_the_device():

@@ -46,9 +46,9 @@ class Case:
             x = torch.tanh(x @ weight.T)
         return x
 
-    def trainer(self, **options: float) -> ScaleTrainer:
-        config = TrainingConfig(end_to_end_epochs=4, end_to_end_learning_rate=1e-2, **options)  # type: ignore[arg-type]
-        return ScaleTrainer(self.linears, self.norm, self.head, config)
+    def trainer(self, precision: torch.dtype = torch.float32) -> ScaleTrainer:
+        config = TrainingConfig(end_to_end_epochs=4, end_to_end_learning_rate=1e-2)
+        return ScaleTrainer(self.linears, self.norm, self.head, config, precision=precision)
 
     def divergence(self, batch: TrainingBatch) -> Tensor:
         """The definition, by torch's own loss."""
@@ -72,6 +72,20 @@ def test_the_loss_is_the_divergence_in_nats_per_token_and_its_gradient_is_autogr
     for parameter, gradient in zip(parameters, gradients, strict=True):
         assert parameter.grad is not None
         assert torch.allclose(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_lower_precision_rounds_the_way_back_through_the_head_and_leaves_the_loss_alone() -> None:
+    case = Case()
+    batch = case.batches[0]
+    normed = case.norm(batch.run(use_checkpointing=False)).detach()
+    loss, gradient = case.trainer()._divergence(normed, batch.targets)
+    rounded_loss, rounded = case.trainer(torch.bfloat16)._divergence(normed, batch.targets)
+    given, wanted = ((rows @ case.head.T).softmax(-1) for rows in (normed, case.norm(batch.targets)))
+    # Each factor and the product are off by at most half a unit in the last of 8 bits.
+    bound = 3 * 2**-8 * ((given - wanted).abs() @ case.head.abs()) / len(normed)
+    assert rounded_loss == loss
+    assert not torch.equal(rounded, gradient)
+    assert bool(((rounded - gradient).abs() <= bound + 1e-7).all())
 
 
 def test_training_brings_the_distributions_closer_and_changes_scales_only() -> None:

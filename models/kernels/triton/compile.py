@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ...errors import KernelError
-from . import variants16
+from . import variants16, variants_attention
 from .environment import TritonEnvironment
 from .launch16 import OPTIONS
 from .tiles import SHARED_MEMORY
@@ -51,6 +51,7 @@ class Resources:
 def all_variants(arch: int) -> Iterator[Variant]:
     """Those of every module with kernels, for compute capability ``arch``."""
     yield from variants16.variants(arch)
+    yield from variants_attention.variants(arch)
 
 
 def compile_variant(variant: Variant) -> Resources:
