@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli_output import MIB, print_json, print_rows
+from rich.console import Console
+from rich.table import Table
+
+from .cli_output import MIB, print_json
 from .errors import QerveError
 from .sizes import parse_size
 
@@ -104,5 +107,8 @@ def print_serving(artifact: str, plan: "ServingPlan", *, as_json: bool) -> None:
     """The plan of serving an artifact."""
     if as_json:
         print_json({"artifact": artifact, "serving": plan.to_dict()})
-    else:
-        print_rows(artifact, serving_rows(plan))
+        return
+    table = Table(title=artifact, show_header=False, title_justify="left")
+    for name, value in serving_rows(plan).items():
+        table.add_row(name, value)
+    Console().print(table)

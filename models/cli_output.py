@@ -77,8 +77,7 @@ def print_json(values: dict[str, object]) -> None:
     print(json.dumps(finite(values)))
 
 
-def print_rows(title: str, rows: dict[str, str]) -> None:
-    """A table of two columns."""
+def _print_rows(title: str, rows: dict[str, str]) -> None:
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in rows.items():
         table.add_row(name, value)
@@ -113,7 +112,7 @@ def print_build_report(report: "BuildReport", *, as_json: bool) -> None:
         del rows["  with embedding and head at 16 bits"]
     if report.num_resumed_layers:
         rows["layers taken over"] = f"{report.num_resumed_layers} from an interrupted build"
-    print_rows(report.artifact, rows)
+    _print_rows(report.artifact, rows)
 
 
 def print_inspection(inspection: "Inspection", *, layers: bool, as_json: bool) -> None:
@@ -121,7 +120,7 @@ def print_inspection(inspection: "Inspection", *, layers: bool, as_json: bool) -
     if as_json:
         print_json(inspection.to_dict())
         return
-    print_rows(str(inspection.path), inspection.summary_rows())
+    _print_rows(str(inspection.path), inspection.summary_rows())
     if layers:
         table = Table("layer", "bits", "group", "rank", "effective bits", "weight error", "output error", "backend")
         for column in (table.columns[0], table.columns[-1]):

@@ -7,13 +7,14 @@ from typing import Protocol
 import torch
 
 from models.errors import QerveError
-from models.llama.batch import Batch
+from models.llama.batch import Batch, SequenceSpan, TokenBatch
 from models.llama.cuda_graphs import CudaGraphDevice
 from models.llama.decode_graphs import GraphDevice, graph_sizes
 from models.llama.device_memory import (
     CONTEXT_BYTES,
     DeviceMemory,
     ServingShape,
+    attention_parts,
     estimate_graphs,
     plan_memory,
 )
@@ -108,6 +109,16 @@ class GpuServing:
         usable = self.memory.kv_cache - self._model.cache_block_bytes
         return CacheLimits(settings.max_num_seqs, settings.max_model_len, usable, fills_memory=True)
 
+    @torch.inference_mode()
+    def _warm_up(self, kv_cache: PagedKVCache) -> None:
+        """Steps of every size, so that kernels are compiled before there are requests; nobody has blocks yet."""
+        counts = [1 << exponent for exponent in range(self._shape.step_tokens.bit_length())]
+        table = list(range(kv_cache.num_blocks))
+        for count in counts:
+            if count <= kv_cache.num_slots:
+                span = SequenceSpan(0, count, count, None, table)
+                self._model.step(TokenBatch([0] * count, [span], [count - 1]), kv_cache)
+
     def record(self, kv_cache: PagedKVCache, max_context: int, device: GraphDevice | None = None) -> None:
         """Record decode steps over ``kv_cache``; a device that cannot leaves them to run as they are.
 
@@ -116,6 +127,7 @@ class GpuServing:
             max_context: tokens of the longest sequence.
             device: records; None: the network's card.
         """
+        self._warm_up(kv_cache)
         if not self._shape.graph_sizes:
             return
         recorder = device or CudaGraphDevice(self._model.device)
@@ -135,7 +147,8 @@ class GpuServing:
         model, asked = self._model, settings.kv_cache_memory
         block_bytes = model.cache_block_bytes
         weights = gauge.allocated_bytes
-        workspace = gauge.peak_bytes(self._largest_step) + CONTEXT_BYTES
+        parts = attention_parts(model.config, settings.max_num_seqs)
+        workspace = gauge.peak_bytes(self._largest_step) + parts + CONTEXT_BYTES
         graphs = estimate_graphs(model.config, self._shape, model.dtype)
         budget = int(gauge.total_bytes * settings.gpu_memory_utilization)
         max_blocks = None if asked is None else asked // block_bytes

@@ -22,7 +22,7 @@ class PagedRows:
     num_rows:     (n,) int32, 1 to ``max_rows``
     context_lens: (n,) int32, tokens of the sequence, the new ones included
     block_tables: (n, width) int32, cache blocks in order; entries beyond a context are not read
-    max_rows:     the most rows of any sequence
+    max_rows:     no sequence has more rows
     """
 
     row_starts: Tensor

@@ -23,6 +23,8 @@ CONTEXT_BYTES = 512 << 20
 GRAPH_BYTES = 8 << 20
 """What the driver keeps of one recorded step of a few hundred launches, at most, as far as is published."""
 _FLOAT_BYTES = 4
+_MOST_SPLITS = 32
+"""Of one context among programs (``kernels.triton.paged.MAX_SPLITS``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +104,15 @@ def estimate_workspace(config: LlamaConfig, shape: ServingShape, dtype: torch.dt
     attention = (3 * heads + 4 * kv_heads) * narrow
     mlp = config.intermediate_size * (3 * narrow + wide)
     in_layer = shape.step_tokens * (hidden + max(attention, mlp))
+    in_layer += attention_parts(config, shape.max_num_seqs)
     in_head = shape.max_num_seqs * config.vocab_size * 2 * wide + shape.step_tokens * config.hidden_size * narrow
     return max(in_layer, in_head) + CONTEXT_BYTES
+
+
+def attention_parts(config: LlamaConfig, num_sequences: int) -> int:
+    """Bytes of the splits' results that decode attention adds up: twice as many where drafts have several rows."""
+    numbers = config.num_attention_heads * (config.head_dim + 1) * _MOST_SPLITS
+    return 2 * num_sequences * numbers * _FLOAT_BYTES
 
 
 def estimate_graphs(config: LlamaConfig, shape: ServingShape, dtype: torch.dtype) -> int:

@@ -129,7 +129,9 @@ def _few(numbers: _Numbers, spans: Sequence[SequenceSpan], block_size: int) -> _
     lengths = [(span.start, span.num_tokens, span.context_len) for span in spans]
     columns = np.asarray(lengths, dtype=np.int64).T.ravel()
     place = numbers.add(np.concatenate((columns, tables.ravel())))
-    return _Few(place, len(spans), max(span.num_tokens for span in spans))
+    # One or the most: kernels are compiled for each number, and not in the middle of a request.
+    max_rows = 1 if all(span.num_tokens == 1 for span in spans) else MAX_FEW_ROWS
+    return _Few(place, len(spans), max_rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,9 @@ A program holds TILE_ROWS x CHANNELS sums and a tile each of keys and values: TI
 import triton
 import triton.language as tl
 
+HOST_MADE = ["table_ptr", "context_ptr", "start_ptr", "rows_ptr"]
+"""Parts of one buffer, aligned as it happens: a kernel for each case would be compiled in the middle of a request."""
+
 
 @triton.jit
 def _split_length(seen, NUM_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, TILE_TOKENS: tl.constexpr):
@@ -30,7 +33,7 @@ def _split_length(seen, NUM_SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, TILE_
     return tl.cdiv(length, TILE_TOKENS) * TILE_TOKENS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"], do_not_specialize_on_alignment=HOST_MADE)
 def attend_split(
     query_ptr, key_ptr, value_ptr, key_scale_ptr, value_scale_ptr,
     table_ptr, context_ptr, start_ptr, rows_ptr,
@@ -130,7 +133,7 @@ def attend_split(
         tl.store(weight_ptr + part, highest + tl.log2(tl.where(total > 0.0, total, 1.0)), mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=HOST_MADE[1:])
 def add_splits(
     partial_ptr, weight_ptr, context_ptr, start_ptr, rows_ptr, output_ptr,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, CHANNELS: tl.constexpr,

@@ -15,6 +15,8 @@ MIN_SPLIT_TOKENS = 128
 MAX_SPLITS = 32
 SPLITS_AT_ONCE = 8
 """That the second pass loads together."""
+DRAFT_SHARE = 4
+"""Fewer splits where there may be several rows per sequence."""
 _LOG2_E = 1.4426950408889634
 _LARGEST_TILE = 64 * 128
 
@@ -60,20 +62,22 @@ class TritonPagedAttention:
         group = num_heads // num_kv_heads
         tile = AttentionTile.of(group, head_dim, rows.max_rows, query.element_size())
         shape = {"KV_HEADS": num_kv_heads, "GROUP": group, "HEAD_DIM": head_dim, "CHANNELS": tile.channels}
+        # A draft's rows are work for more programs as they are, and their parts would take the more memory.
+        num_splits = self.num_splits if rows.max_rows == 1 else max(1, self.num_splits // DRAFT_SHARE)
         cut = {
             "TILE_TOKENS": tile.tokens,
             "WINDOW": window or 0,
-            "NUM_SPLITS": self.num_splits,
+            "NUM_SPLITS": num_splits,
             "MIN_SPLIT": self.min_split_tokens,
             "MAX_ROWS": rows.max_rows,
         }
         partial = weights = output
-        if self.num_splits > 1:
-            parts = (rows.num_sequences, rows.max_rows, num_heads, self.num_splits)
+        if num_splits > 1:
+            parts = (rows.num_sequences, rows.max_rows, num_heads, num_splits)
             partial = torch.empty(*parts, head_dim, dtype=torch.float32, device=query.device)
             weights = torch.empty(parts, dtype=torch.float32, device=query.device)
         lengths = (rows.context_lens, rows.row_starts, rows.num_rows)
-        attend_split[rows.num_sequences, num_kv_heads, self.num_splits](
+        attend_split[rows.num_sequences, num_kv_heads, num_splits](
             query.contiguous(), layer.keys, layer.values,
             _or(layer.key_scales, layer.keys), _or(layer.value_scales, layer.values),
             rows.block_tables, *lengths, output, partial, weights,
@@ -82,7 +86,7 @@ class TritonPagedAttention:
             IS_WIDE=query.device.type == "cpu" and query.dtype == torch.bfloat16,
             num_warps=tile.num_warps, num_stages=tile.num_stages, **OPTIONS,
         )  # fmt: skip
-        if self.num_splits > 1:
+        if num_splits > 1:
             add_splits[rows.num_sequences, num_heads, rows.max_rows](
                 partial,
                 weights,
@@ -90,7 +94,7 @@ class TritonPagedAttention:
                 output,
                 **shape,
                 **cut,
-                TILE_SPLITS=min(SPLITS_AT_ONCE, self.num_splits),
+                TILE_SPLITS=min(SPLITS_AT_ONCE, num_splits),
                 num_warps=tile.num_warps,
                 num_stages=tile.num_stages,
                 **OPTIONS,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from . import attention
-from .paged import MAX_SPLITS, MIN_SPLIT_TOKENS, SPLITS_AT_ONCE, AttentionTile
+from .paged import DRAFT_SHARE, MAX_SPLITS, MIN_SPLIT_TOKENS, SPLITS_AT_ONCE, AttentionTile
 from .variant import Variant
 
 BLOCK_SIZE = 16
@@ -67,7 +67,7 @@ def variants_of(heads: Heads, arch: int, dtype: str) -> Iterator[Variant]:
         "CHANNELS": tile.channels,
         "TILE_TOKENS": tile.tokens,
         "WINDOW": heads.window,
-        "NUM_SPLITS": MAX_SPLITS,
+        "NUM_SPLITS": MAX_SPLITS if heads.max_rows == 1 else MAX_SPLITS // DRAFT_SHARE,
         "MIN_SPLIT": MIN_SPLIT_TOKENS,
         "MAX_ROWS": heads.max_rows,
     }
@@ -85,7 +85,7 @@ def variants_of(heads: Heads, arch: int, dtype: str) -> Iterator[Variant]:
             num_stages=tile.num_stages,
             types={key: kind for key, kind in _types(heads, dtype).items() if key in kernel.arg_names},
             constants=constants,
-            unaligned=frozenset({"table_width"}),
+            unaligned=frozenset({"table_width", *attention.HOST_MADE}),
         )
 
 
