@@ -15,7 +15,7 @@ from models.artifact.load import load_artifact
 from models.bench.aims import aims
 from models.bench.cards import Card
 from models.bench.contenders import Contender, contenders
-from models.bench.device_clock import DeviceClock
+from models.bench.device_clock import CudaClock, DeviceClock
 from models.bench.gpu_peaks import PeakSizes, card_here, gpu_peak_probes
 from models.bench.layer_times import LayerBench, distinct_shapes
 from models.bench.probe import Probe, Samples, run_rounds
@@ -24,8 +24,13 @@ from models.bench.random_network import random_network, step_bytes
 from models.bench.report import Limit, Report
 from models.bench.roofline import BATCH_SIZES, Cost, Shape
 from models.errors import QerveError
+from models.llama.attention_choice import choose_attention
+from models.llama.cuda_graphs import CudaGraphDevice
+from models.llama.decode_graphs import GraphDevice, graph_sizes
+from models.llama.kv_cache import PagedKVCache
 from models.llama.model import LlamaForCausalLM
-from models.llama.network import Network
+from models.llama.network import KVCache, Network
+from models.llama.paged_network import PagedLlama
 
 from ..engine.engine import EngineTokenizer
 from .engine import EngineBench, PlainTexts, num_blocks_for
@@ -52,6 +57,7 @@ class GpuPlace:
 
     card_name: as the driver calls it
     properties: with ``total_memory`` and ``L2_cache_size``
+    recorder:  makes what records decode steps
     """
 
     device: torch.device
@@ -62,12 +68,11 @@ class GpuPlace:
     batch_sizes: Sequence[int]
     contenders: Sequence[Contender]
     peaks: PeakSizes
+    recorder: Callable[[torch.device], GraphDevice] = CudaGraphDevice
 
     @classmethod
     def of(cls, device: torch.device, rank: int) -> "GpuPlace":
         """A CUDA device, all shapes and contenders."""
-        from models.bench.device_clock import CudaClock
-
         return cls(
             device,
             CudaClock(device),
@@ -116,7 +121,8 @@ def gpu_subject(
         return None
     if random not in SHAPES:
         raise QerveError(f"--random {random}: choose of {', '.join(SHAPES)}")
-    network = random_network(SHAPES[random], rank, device, torch.bfloat16)
+    layers = random_network(SHAPES[random], rank, device, torch.bfloat16)
+    network = PagedLlama(layers, choose_attention(layers.config, device, layers.dtype))
     return GpuSubject(f"{random}, random weights, W4 group 64, rank {rank}", network, PlainTexts())
 
 
@@ -161,10 +167,26 @@ class GpuBench:
         if not sizes and "prefill" not in options.sections:
             return
         cache = subject.network.new_cache(num_blocks_for(options.workload, max([*sizes, 1])))
+        self._record(subject.network, cache, [*sizes, 1])
         bench = EngineBench(subject.network, cache, subject.tokenizer, options.workload, meter=None)
         yield from (bench.decode_probe(size) for size in sizes)
         if "prefill" in options.sections:
             yield bench.prefill_probe()
+
+    def _record(self, network: Network, cache: KVCache, sizes: Sequence[int]) -> None:
+        """Record decode steps as a server does; without, they run kernel by kernel, and the report says why."""
+        if not isinstance(network, PagedLlama) or not isinstance(cache, PagedKVCache):
+            return
+        reason = network.graphs_obstacle
+        try:
+            if reason is None:
+                recorder = self._place.recorder(self._place.device)
+                longest = self._options.workload.longest
+                network.record_decodes(cache, graph_sizes(max(sizes)), longest, recorder, has_ranks=False)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+        if reason is not None:
+            self._missing["decode graphs"] = reason
 
     def _workloads(self) -> list[str]:
         work = self._options.workload
@@ -173,6 +195,7 @@ class GpuBench:
     def _limits(self, samples: Samples, card: Card) -> dict[str, Limit]:
         """Weights are read once a step, and multiplied with every token; attention is not counted."""
         network, work = None if self._subject is None else self._subject.network, self._options.workload
+        network = network.layers if isinstance(network, PagedLlama) else network
         if not isinstance(network, LlamaForCausalLM):
             return {}
         weights = sum(it.in_features * it.out_features for it in network.config.linear_shapes().values())

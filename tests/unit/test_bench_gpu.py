@@ -23,13 +23,17 @@ from models.bench.roofline import W4A8, W4A16, LayerCost, Shape, seconds
 from models.bench.workload import Workload
 from models.cli import make_cli
 from models.errors import QerveError
+from models.kernels.triton.environment import TritonEnvironment
 from models.layers.linear import LowRankLinear
+from models.llama.attention_choice import choose_attention
 from models.llama.config import LlamaConfig
+from models.llama.paged_network import PagedLlama
 from service.bench.engine import PlainTexts
 from service.bench.gpu import GpuBench, GpuPlace, GpuSubject, cuda_device, gpu_subject
 from service.bench.options import BenchOptions
 from service.bench.output import print_report
 from service.cli_bench import bench
+from tests.support.recorder import RecordingDevice
 from tests.support.tiny_checkpoints import tiny_config
 
 CPU = torch.device("cpu")
@@ -256,6 +260,34 @@ def test_the_whole_bench_gives_shares_of_the_card_and_one_report(capsys):
     out = capsys.readouterr().out
     for text in ("of the limit", "cuBLAS bf16", "memory copy", "not measured", H100):
         assert text in out
+
+
+def paged_subject() -> GpuSubject:
+    layers = tiny_network()
+    choice = choose_attention(layers.config, CPU, layers.dtype, TritonEnvironment(None, is_interpreting=False))
+    return GpuSubject("llama-2-7b, paged", PagedLlama(layers, choice), PlainTexts())
+
+
+def test_decode_steps_are_recorded_once_and_replayed():
+    recorders = []
+
+    def recorder(device):
+        recorders.append(RecordingDevice())
+        return recorders[-1]
+
+    report = GpuBench(place(recorder=recorder), paged_subject(), options({"decode"})).run()
+    ((step,),) = [it.steps for it in recorders]
+    assert step.num_replays > 0
+    assert "decode graphs" not in report.missing
+
+
+def test_without_recorded_steps_decoding_is_measured_all_the_same():
+    def recorder(device):
+        raise RuntimeError("capture failed\nbecause")
+
+    report = GpuBench(place(recorder=recorder), paged_subject(), options({"decode"})).run()
+    assert report.missing == {"decode graphs": "capture failed"}
+    assert report.samples.median("decode 1") > 0
 
 
 def test_without_a_network_layers_alone_are_measured():
