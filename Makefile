@@ -35,7 +35,7 @@ NATIVE_TESTS = $(CMAKE) --build build/$(1) --target qerve_cpu_tests && $(CTEST) 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help venv native native-test native-neon demo model ops-tools test test-all bench quality tree clean
+.PHONY: help venv native native-test native-neon demo model ops-tools test test-all bench gpu-check quality tree clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -86,6 +86,9 @@ bench: $(VENV)/.installed-dev native model ## time numerics, kernels, engine and
 	@$(BIN)/python -m tools.bench_qera --checkpoint .cache/models/SmolLM2-135M-Instruct.Q4_1.gguf
 	@$(BIN)/python -m tools.bench_qera --shape 4096x11008
 	@$(BIN)/python -m tools.bench_artifact
+
+gpu-check: $(VENV)/.installed-dev ## on a machine with a GPU: its tests and benches, written to docs/gpu-results.md
+	@$(BIN)/python -m tools.gpu_check $(ARGS)
 
 quality: $(VENV)/.installed-dev ## lint, formatting and types, as CI checks them
 	@$(BIN)/ruff check .

@@ -1,9 +1,9 @@
 """Tensors with their shapes and invariants: what quantizers, reconstructors, the artifact and kernels exchange."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -198,10 +198,9 @@ class InputStatistics:
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "InputStatistics":
         """The same statistics, each tensor as ``change`` makes it: elsewhere, or in another type."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        )
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return InputStatistics(**(values | changed))
 
 
 QuantizeFn: TypeAlias = Callable[[Tensor], QuantizedWeight]

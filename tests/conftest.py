@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.gpu import why_no_gpu
+
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / ".cache" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 NUM_THREADS = 2
@@ -21,6 +23,15 @@ NUM_THREADS = 2
 def pytest_configure() -> None:
     """Small matrices gain nothing from more threads, and results stay independent of the machine's core count."""
     torch.set_num_threads(min(NUM_THREADS, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of what only a GPU can show are collected everywhere, and say why they do not run."""
+    reason = why_no_gpu()
+    if reason is not None:
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

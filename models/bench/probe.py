@@ -15,6 +15,7 @@ TOKENS_PER_SECOND = "tokens/s"
 SECONDS = "s"
 BYTES_PER_SECOND = "bytes/s"
 MULTIPLY_ADDS_PER_SECOND = "multiply-adds/s"
+OPERATIONS_PER_SECOND = "operations/s"
 
 
 class ProbeError(QerveError):

@@ -1,9 +1,11 @@
 """What a bench found, as rows of tables and as one JSON object."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .aims import Aim
+from .layer_times import LayerTime
 from .llama import llama_metric
 from .probe import Samples
 
@@ -57,6 +59,8 @@ class Report:
     streams:   metrics of whole requests, without and with HTTP; None: not measured
     limits:    by workload
     missing:   what was not measured, and why
+    layers:    single layers on a GPU
+    aims:      what a GPU is meant to reach
     """
 
     about: Mapping[str, str]
@@ -66,6 +70,8 @@ class Report:
     limits: Mapping[str, Limit] = field(default_factory=dict)
     operators: Sequence[OperatorTime] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
+    layers: Sequence[LayerTime] = ()
+    aims: Sequence[Aim] = ()
 
     def limit_share(self, workload: str) -> float | None:
         """Rate of ``workload`` as a share of its limit."""
@@ -122,6 +128,8 @@ class Report:
             "operators": [
                 {name: getattr(row, name) for name in OperatorTime.__dataclass_fields__} for row in self.operators
             ],
+            "layers": [asdict(row) for row in self.layers],
+            "aims": [aim.to_dict() for aim in self.aims],
             "not_measured": {**self.missing, **samples.failed},
         }
 
@@ -171,6 +179,28 @@ def operator_cells(rows: Sequence[OperatorTime]) -> list[list[str]]:
         ]
         for row in rows
     ]
+
+
+def layer_cells(rows: Sequence[LayerTime]) -> list[list[str]]:
+    """Cells of the table of layers: layer, M, way, us, of the limit, of cuBLAS, low-rank."""
+    return [
+        [
+            f"{row.shape.out_features} x {row.shape.in_features}",
+            str(row.num_rows),
+            row.contender,
+            f"{row.seconds * 1e6:.1f}",
+            percent(row.limit_share),
+            times(row.of_cublas),
+            percent(row.rank_share),
+        ]
+        for row in rows
+    ]
+
+
+def aim_cells(rows: Sequence[Aim]) -> list[list[str]]:
+    """Cells of the table of aims: aim, wanted, measured, met."""
+    verdict = {None: "not measured", True: "yes", False: "no"}
+    return [[row.name, row.wanted, percent(row.value), verdict[row.is_met]] for row in rows]
 
 
 def number(value: float | None) -> str:

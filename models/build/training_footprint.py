@@ -24,8 +24,8 @@ _WORKING = 44
 def training_memory_bytes(network: LlamaConfig, config: BuildConfig, device: torch.device) -> int | None:
     """What training one step's decoder layers holds on ``device`` at most; None: nothing is trained.
 
-    The dense layers, their quantized form, what autograd keeps, and the activations of one batch. Neither the embedding,
-    which is gone by then, nor the calibration set and the statistics, which stay in the host's memory.
+    The dense layers, their quantized form, what autograd keeps, and the activations of one batch. Neither the
+    embedding, which is gone by then, nor the calibration set and the statistics, which stay in the host's memory.
     """
     method = training_method(config)
     if method is None:

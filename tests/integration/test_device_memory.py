@@ -167,7 +167,7 @@ def test_large_networks_build_on_small_gpus_by_the_plan(large, shape, limit, met
 
 def large_config(method: str) -> BuildConfig:
     """With text from outside: 128 sequences of 2048 tokens."""
-    is_gptq, is_trained = "gptq" in method, method.split()[0] == "qer"
+    is_gptq, is_trained = "gptq" in method, method.split(maxsplit=1)[0] == "qer"
     name = "qer" if is_trained else "qera-exact" if "qera" in method else "none"
     return BuildConfig(
         scheme=QuantScheme(4, 128),
