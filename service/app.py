@@ -17,6 +17,7 @@ from models.artifact.load import LoadedModel
 from models.errors import QerveError
 from models.llama.kv_cache import PagedKVCache
 from models.llama.network import KVCache
+from models.memory import return_freed_memory
 
 from .access import PUBLIC_PATHS, AccessMiddleware
 from .api import chat, completions, perplexity, system, tokenize
@@ -121,6 +122,7 @@ async def _life(context: Context, telemetry: "OtlpTelemetry | None") -> AsyncIte
     try:
         if context.canary is not None:
             await context.canary.check()
+            return_freed_memory()
             context.metrics.phases["canary"] = context.canary.duration_seconds
             watch = asyncio.create_task(context.canary.watch())
         yield

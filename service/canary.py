@@ -116,8 +116,11 @@ class Canary:
         """Score it again and again, until cancelled."""
         while self._interval_seconds:
             await asyncio.sleep(self._interval_seconds)
-            while await self.check() == "aborted":
-                await asyncio.sleep(RETRY_SECONDS)
+            try:
+                while await self.check() == "aborted":
+                    await asyncio.sleep(RETRY_SECONDS)
+            except Exception:  # the next one may go better
+                logger.exception("the probe could not be scored")
 
     async def _check(self) -> Result:
         was_ok, started = self.is_ok, time.perf_counter()

@@ -112,7 +112,7 @@ def test_when_the_cache_is_full_requests_wait_and_all_end():
 
 def test_a_step_that_hangs_does_not_keep_the_server_from_ending():
     """The engine's thread is given up after its patience; the process then ends without it."""
-    with live_server(parts(step_seconds=2.0), drain_timeout_seconds=0.0) as server:
+    with live_server(parts(step_seconds=2.0), drain_timeout_seconds=0.0, canary=False) as server:
         engine = server.context.engine
         stop, engine.stop = engine.stop, lambda: stop(patience_seconds=0.05)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -123,7 +123,7 @@ def test_a_step_that_hangs_does_not_keep_the_server_from_ending():
 
 
 def test_a_step_that_never_ends_is_noticed_and_ends_the_server():
-    with live_server(parts(step_seconds=4.0), step_timeout_seconds=0.3) as server:
+    with live_server(parts(step_seconds=4.0), step_timeout_seconds=0.3, canary=False) as server:
         answer = server.post("/v1/completions", json=SHORT)
         assert answer.status_code == 500
         wait_until(lambda: not server.server.started or server.server.should_exit)
