@@ -5,9 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request
-from fastapi.responses import Response
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from models.artifact.format import qerve_version
@@ -34,7 +32,7 @@ from .memory import available_bytes
 from .metrics import WEIGHT_COMPONENTS, Metrics
 from .middleware import ErrorBoundaryMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
 from .model_info import ModelInfo
-from .page.files import PREFIX, ROOT, Page
+from .page.routes import add_page
 from .settings import Settings
 from .token_speller import TokenSpeller
 
@@ -84,7 +82,7 @@ def create_app(loaded: LoadedModel, settings: Settings, keys: KeyRing | None = N
         app.include_router(module.router)
     install_handlers(app)
     install_engine_handlers(app)
-    public_paths = PUBLIC_PATHS | (_add_page(app) if settings.page else frozenset())
+    public_paths = PUBLIC_PATHS | (add_page(app) if settings.page else frozenset())
     _add_middleware(app, settings, metrics, keys, public_paths)
     app.openapi = lambda: make_document(app)  # type: ignore[method-assign]
     seconds = {"load": loaded.load_seconds, "prepare": time.perf_counter() - started}
@@ -147,21 +145,6 @@ def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: M
     admission = async_engine.admission
     metrics.add_value("num_queued_tokens", "Prompt tokens that wait", lambda: admission.num_queued_tokens)
     return async_engine
-
-
-def _add_page(app: FastAPI) -> frozenset[str]:
-    """The paths of its files."""
-    page = Page()
-
-    async def page_file(request: Request) -> Response:
-        answer = page.answer(request)
-        if answer is None:
-            raise HTTPException(404)
-        return answer
-
-    for path in (ROOT, PREFIX + "{name}"):
-        app.add_api_route(path, page_file, methods=["GET", "HEAD"], include_in_schema=False)
-    return page.paths
 
 
 def _add_middleware(
