@@ -32,6 +32,7 @@ from .memory import available_bytes
 from .metrics import WEIGHT_COMPONENTS, Metrics
 from .middleware import ErrorBoundaryMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
 from .model_info import ModelInfo
+from .page.files import Page
 from .page.routes import add_page
 from .settings import Settings
 from .token_speller import TokenSpeller
@@ -82,8 +83,9 @@ def create_app(loaded: LoadedModel, settings: Settings, keys: KeyRing | None = N
         app.include_router(module.router)
     install_handlers(app)
     install_engine_handlers(app)
-    public_paths = PUBLIC_PATHS | (add_page(app) if settings.page else frozenset())
-    _add_middleware(app, settings, metrics, keys, public_paths)
+    if settings.page:
+        add_page(app)
+    _add_middleware(app, settings, metrics, keys)
     app.openapi = lambda: make_document(app)  # type: ignore[method-assign]
     seconds = {"load": loaded.load_seconds, "prepare": time.perf_counter() - started}
     _describe_model(metrics, loaded, info, seconds)
@@ -147,10 +149,9 @@ def _engine(loaded: LoadedModel, settings: Settings, plan: CachePlan, metrics: M
     return async_engine
 
 
-def _add_middleware(
-    app: FastAPI, settings: Settings, metrics: Metrics, keys: KeyRing, public_paths: frozenset[str]
-) -> None:
+def _add_middleware(app: FastAPI, settings: Settings, metrics: Metrics, keys: KeyRing) -> None:
     """The last one added is the outermost: every response is counted and has its id, refused ones too."""
+    public_paths = PUBLIC_PATHS | (Page().paths if settings.page else frozenset())
     limits = KeyLimits(settings.max_concurrent_per_key, settings.requests_per_minute_per_key)
     app.add_middleware(AccessMiddleware, keys=keys, limits=limits, metrics=metrics, public_paths=public_paths)
     app.add_middleware(ErrorBoundaryMiddleware)

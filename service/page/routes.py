@@ -7,8 +7,8 @@ from starlette.exceptions import HTTPException
 from .files import PREFIX, ROOT, Page
 
 
-def add_page(app: FastAPI) -> frozenset[str]:
-    """Serve the page; the paths that are public with it."""
+def add_page(app: FastAPI) -> None:
+    """Serve the page."""
     page = Page()
 
     async def page_file(request: Request) -> Response:
@@ -19,4 +19,3 @@ def add_page(app: FastAPI) -> frozenset[str]:
 
     for path in (ROOT, PREFIX + "{name}"):
         app.add_api_route(path, page_file, methods=["GET", "HEAD"], include_in_schema=False)
-    return page.paths
