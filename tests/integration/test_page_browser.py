@@ -131,7 +131,7 @@ def test_an_answer_is_made_again_at_another_rank_and_both_stay(server, browser):
 
 
 def test_what_is_stopped_ends_at_the_server_too(browser):
-    parts = FakeParts(model=FakeModel(faults=Faults(step_seconds=0.05)))
+    parts = FakeParts(model=FakeModel(faults=Faults(step_seconds=0.1)))
     with live_server(parts) as slow, watched_page(browser, slow.url) as page:
         ready(page)
         page.click("#tab-completion")
@@ -219,6 +219,17 @@ def test_a_server_that_loads_or_is_gone_is_said_and_waited_for(server, browser):
         ready(page)
         assert "elsewhere" in page.inner_text("#poll-note")
         assert page.inner_text("#model-name") == "tiny-w4"
+
+
+def test_what_a_server_exports_is_shown_and_what_it_does_not_is_left_out(server, browser):
+    metrics = "qerve_canary_perplexity 27.5\nqerve_canary_expected_perplexity 21\nqerve_canary_ok 0\n"
+    with watched_page(browser, server.url) as page:
+        assert page.locator("text=Canary").is_hidden()
+        page.route("**/metrics", lambda route: route.fulfill(body=metrics))
+        page.wait_for_selector("text=Canary")
+        shown = page.inner_text("#tiles")
+        assert all(words in shown for words in ("27.5", "out of tolerance", "21.0 as built"))
+        assert page.inner_text("#memory") == "The server exports nothing about its memory here."
 
 
 def test_what_a_model_writes_stays_text(server, browser):
