@@ -3,11 +3,13 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
 from models.artifact.format import Probe
 from models.artifact.load import load_artifact
+from models.evaluate.perplexity import perplexity
 from tests.support.api_server import live_loaded_server, live_server, wait_until
 from tests.support.artifact_builder import tiny_model, write_artifact
 from tests.support.browser import chromium, watched_page
@@ -24,9 +26,12 @@ FAILED = ("Failed to load resource",)
 def server(tmp_path_factory):
     directory = tmp_path_factory.mktemp("page") / "tiny-w4"
     model = tiny_model(vocab_size=VOCAB_SIZE, max_position_embeddings=256)
-    probe = Probe(token_ids=tuple(range(10, 60)), dense_nll=5.5, quantized_nll=5.75)
-    write_artifact(directory, model, tokenizer_files=tokenizer_files(), probe=probe)
-    with live_loaded_server(load_artifact(directory), artifact=directory, kv_cache_memory="4MiB") as live:
+    write_artifact(directory, model, tokenizer_files=tokenizer_files())
+    loaded = load_artifact(directory)
+    token_ids = tuple(range(10, 60))
+    probe = Probe(token_ids=token_ids, dense_nll=5.5, quantized_nll=perplexity(loaded.model, token_ids).nll)
+    loaded = replace(loaded, manifest=loaded.manifest.model_copy(update={"probe": probe}))
+    with live_loaded_server(loaded, artifact=directory, kv_cache_memory="4MiB") as live:
         yield live
 
 
