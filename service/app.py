@@ -7,9 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI, Request
-from fastapi.responses import Response
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from models.artifact.format import qerve_version
@@ -44,7 +42,8 @@ from .metrics import Metrics
 from .metrics.readings import read_account, read_cache, read_context, read_engine
 from .middleware import ErrorBoundaryMiddleware, HttpMetricsMiddleware, RequestIdMiddleware
 from .model_info import ModelInfo
-from .page.files import PREFIX, ROOT, Page
+from .page.files import Page
+from .page.routes import add_page
 from .settings import Settings
 from .token_speller import TokenSpeller
 
@@ -105,8 +104,8 @@ def create_app(
     telemetry = _telemetry(settings, info)
     app = FastAPI(title="qerve", version=qerve_version(), lifespan=lambda _: _life(context, telemetry))
     app.state.context = context
-    public_paths = _add_routes(app, settings)
-    _add_middleware(app, settings, metrics, keys, telemetry, public_paths)
+    _add_routes(app, settings)
+    _add_middleware(app, settings, metrics, keys, telemetry)
     read_context(metrics.read, context)
     if settings.metrics_compat == "vllm":
         metrics.export_vllm_names()
@@ -149,16 +148,16 @@ def _telemetry(settings: Settings, info: ModelInfo) -> "OtlpTelemetry | None":
     return open_otlp(settings.otlp_endpoint, info.name, (settings.host, settings.port))
 
 
-def _add_routes(app: FastAPI, settings: Settings) -> frozenset[str]:
-    """The paths that want no key."""
+def _add_routes(app: FastAPI, settings: Settings) -> None:
     for module in (completions, chat, perplexity, tokenize, system):
         app.include_router(module.router)
     if settings.metrics_port is None:
         app.include_router(system.metrics_router)
     install_handlers(app)
     install_engine_handlers(app)
+    if settings.page:
+        add_page(app)
     app.openapi = lambda: make_document(app)  # type: ignore[method-assign]
-    return PUBLIC_PATHS | (_add_page(app) if settings.page else frozenset())
 
 
 def key_ring(settings: Settings) -> KeyRing:
@@ -210,30 +209,11 @@ def _engine(
     return async_engine
 
 
-def _add_page(app: FastAPI) -> frozenset[str]:
-    """The paths of its files."""
-    page = Page()
-
-    async def page_file(request: Request) -> Response:
-        answer = page.answer(request)
-        if answer is None:
-            raise HTTPException(404)
-        return answer
-
-    for path in (ROOT, PREFIX + "{name}"):
-        app.add_api_route(path, page_file, methods=["GET", "HEAD"], include_in_schema=False)
-    return page.paths
-
-
 def _add_middleware(
-    app: FastAPI,
-    settings: Settings,
-    metrics: Metrics,
-    keys: KeyRing,
-    telemetry: "OtlpTelemetry | None",
-    public_paths: frozenset[str],
+    app: FastAPI, settings: Settings, metrics: Metrics, keys: KeyRing, telemetry: "OtlpTelemetry | None"
 ) -> None:
     """The last one added is the outermost: every response is counted and has its id, refused ones too."""
+    public_paths = PUBLIC_PATHS | (Page().paths if settings.page else frozenset())
     limits = KeyLimits(settings.max_concurrent_per_key, settings.requests_per_minute_per_key)
     app.add_middleware(AccessMiddleware, keys=keys, limits=limits, metrics=metrics, public_paths=public_paths)
     app.add_middleware(ErrorBoundaryMiddleware)

@@ -26,10 +26,12 @@ def tracked_files() -> list[Path]:
 
 def summary(path: Path) -> str:
     """One line about ``path``: first docstring line, first heading, or first comment."""
+    if path.suffix == ".png":
+        return ""
     text = (ROOT / path).read_text(encoding="utf-8")
     if path.suffix == ".py":
         return (ast.get_docstring(ast.parse(text)) or "").split("\n", 1)[0]
-    match = re.search(r"^(?:#+|//|--) (.+)$", text, re.MULTILINE)
+    match = re.search(r"^(?:#+|//|--|/\*) (.+?)(?: \*/)?$", text, re.MULTILINE)
     if path.suffix == ".json":
         match = re.search(r'"(?:title|description)":\s*"([^"]+)"', text)
     return match.group(1) if match else ""

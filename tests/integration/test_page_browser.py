@@ -3,11 +3,13 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
 from models.artifact.format import Probe
 from models.artifact.load import load_artifact
+from models.evaluate.perplexity import perplexity
 from tests.support.api_server import live_loaded_server, live_server, wait_until
 from tests.support.artifact_builder import tiny_model, write_artifact
 from tests.support.browser import chromium, watched_page
@@ -24,9 +26,12 @@ FAILED = ("Failed to load resource",)
 def server(tmp_path_factory):
     directory = tmp_path_factory.mktemp("page") / "tiny-w4"
     model = tiny_model(vocab_size=VOCAB_SIZE, max_position_embeddings=256)
-    probe = Probe(token_ids=tuple(range(10, 60)), dense_nll=5.5, quantized_nll=5.75)
-    write_artifact(directory, model, tokenizer_files=tokenizer_files(), probe=probe)
-    with live_loaded_server(load_artifact(directory), artifact=directory, kv_cache_memory="4MiB") as live:
+    write_artifact(directory, model, tokenizer_files=tokenizer_files())
+    loaded = load_artifact(directory)
+    token_ids = tuple(range(10, 60))
+    probe = Probe(token_ids=token_ids, dense_nll=5.5, quantized_nll=perplexity(loaded.model, token_ids).nll)
+    loaded = replace(loaded, manifest=loaded.manifest.model_copy(update={"probe": probe}))
+    with live_loaded_server(loaded, artifact=directory, kv_cache_memory="4MiB") as live:
         yield live
 
 
@@ -131,7 +136,7 @@ def test_an_answer_is_made_again_at_another_rank_and_both_stay(server, browser):
 
 
 def test_what_is_stopped_ends_at_the_server_too(browser):
-    parts = FakeParts(model=FakeModel(faults=Faults(step_seconds=0.05)))
+    parts = FakeParts(model=FakeModel(faults=Faults(step_seconds=0.1)))
     with live_server(parts) as slow, watched_page(browser, slow.url) as page:
         ready(page)
         page.click("#tab-completion")
@@ -219,6 +224,17 @@ def test_a_server_that_loads_or_is_gone_is_said_and_waited_for(server, browser):
         ready(page)
         assert "elsewhere" in page.inner_text("#poll-note")
         assert page.inner_text("#model-name") == "tiny-w4"
+
+
+def test_what_a_server_exports_is_shown_and_what_it_does_not_is_left_out(server, browser):
+    metrics = "qerve_canary_perplexity 27.5\nqerve_canary_expected_perplexity 21\nqerve_canary_ok 0\n"
+    with watched_page(browser, server.url) as page:
+        assert page.locator("text=Canary").is_hidden()
+        page.route("**/metrics", lambda route: route.fulfill(body=metrics))
+        page.wait_for_selector("text=Canary")
+        shown = page.inner_text("#tiles")
+        assert all(words in shown for words in ("27.5", "out of tolerance", "21.0 as built"))
+        assert page.inner_text("#memory") == "The server exports nothing about its memory here."
 
 
 def test_what_a_model_writes_stays_text(server, browser):

@@ -126,7 +126,7 @@ function quality(scrape, past) {
   return {
     figure: number(scrape.value("qerve_canary_perplexity")),
     unit: isOff ? "out of tolerance" : "",
-    detail: expected === null ? "perplexity of the probe" : `perplexity of the probe, ${number(expected)} as built`,
+    detail: expected === null ? "of the artifact's probe" : `${number(expected)} as built`,
     lines: [{ values: past, kind: "line" }],
   };
 }
@@ -138,7 +138,7 @@ export class Tiles {
   #gap = new Tile("Between tokens");
   #requests = new Tile("Requests");
   #cache = new Tile("Cache");
-  #quality = new Tile("Canary");
+  #quality = new Tile("Canary perplexity");
   /** @type {(number | null)[]} */
   #canary = [];
 
