@@ -66,7 +66,7 @@ class Service:
         """Without waiting for it."""
         options = {
             "port": self.port, "metrics-port": self.metrics_port, "model-name": MODEL, "max-num-seqs": 4,
-            "max-queue": 32, "max-model-len": 1024, "canary-interval-seconds": 2, "drain-timeout-seconds": 5,
+            "max-queue": 64, "max-model-len": 1024, "canary-interval-seconds": 2, "drain-timeout-seconds": 5,
         }  # fmt: skip
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         with self.log.open("ab") as sink:
@@ -104,6 +104,13 @@ def serving(artifact: Path, folder: Path) -> Iterator[Service]:
         yield service
     finally:
         service.stop()
+
+
+def check_probe(artifact: Path) -> None:
+    """Raises SystemExit where the canary would have nothing to score."""
+    manifest = json.loads((artifact / "quantization.json").read_text(encoding="utf-8"))
+    if not manifest.get("probe"):
+        raise SystemExit(f"{artifact} holds no probe for the canary: build it with --num-holdout 1 or more")
 
 
 def restart(service: Service, times: int, pause: float) -> None:
@@ -175,6 +182,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    check_probe(options.artifact)
     options.out.mkdir(parents=True, exist_ok=True)
     report = run(options.artifact, options.seconds, options.out.resolve())
     (options.out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
