@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from models.artifact.format import qerve_version
 from models.artifact.load import LoadedModel
 from models.errors import QerveError
+from models.memory import return_freed_memory
 
 from .access import AccessMiddleware
 from .api import chat, completions, perplexity, system, tokenize
@@ -109,6 +110,7 @@ async def _life(context: Context, telemetry: "OtlpTelemetry | None") -> AsyncIte
     try:
         if context.canary is not None:
             await context.canary.check()
+            return_freed_memory()
             context.metrics.phases["canary"] = context.canary.duration_seconds
             watch = asyncio.create_task(context.canary.watch())
         yield

@@ -56,12 +56,13 @@ def serve_settings(settings: Settings) -> None:
 
 def _serve(settings: Settings, keys: KeyRing) -> None:
     registry = CollectorRegistry()
-    with bind(settings.host, settings.port) as listener, _metrics_port(settings, registry):
+    with bind(settings.host, settings.port) as listener, _metrics_port(settings, registry) as metrics_url:
 
         def announce() -> None:
             context = loading.state.context
             context.metrics.rejected("loading", loading.num_rejected)
-            _say(f"Serving {context.info.name} on {url_of(listener)} (Ctrl-C stops it)")
+            metrics_are = "" if metrics_url is None else f", metrics on {metrics_url}"
+            _say(f"Serving {context.info.name} on {url_of(listener)}{metrics_are} (Ctrl-C stops it)")
 
         def give_up() -> None:
             server.should_exit = True
@@ -77,7 +78,7 @@ def _serve(settings: Settings, keys: KeyRing) -> None:
         raise QerveError(f"the server has stopped: {server.failure}; the log says why")
 
 
-def _metrics_port(settings: Settings, registry: CollectorRegistry) -> contextlib.AbstractContextManager[int | None]:
+def _metrics_port(settings: Settings, registry: CollectorRegistry) -> contextlib.AbstractContextManager[str | None]:
     if settings.metrics_port is None:
         return contextlib.nullcontext()
     return metrics_server(settings.metrics_host or settings.host, settings.metrics_port, registry)

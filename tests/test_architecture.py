@@ -178,6 +178,7 @@ RULES: dict[str, Rule] = {
         "models/bench/*", "models.calibration", "models.evaluate", "models.build", "models.compare", "models.report",
         *COMMAND_LINE,
     ),
+    "OpenTelemetry stays in its module": forbid("*", "opentelemetry", unless="service/otlp.py"),
     "llama.cpp stays in its worker": forbid("*", "llama_cpp", unless="models/bench/llama_worker.py"),
     "the worker of llama.cpp runs without this package": forbid(
         "models/bench/llama_worker.py", "models", "service", "torch", "numpy", "psutil"
@@ -230,6 +231,7 @@ OFFENDERS = [
     ("comparisons know nothing of the command line", "models/compare/run.py", "from ..cli_output import RichObserver"),
     ("reports compute nothing", "models/report/figures.py", "import torch"),
     ("benches measure what is loaded", "models/bench/peaks.py", "from ..cli_output import progress_bar"),
+    ("OpenTelemetry stays in its module", "service/middleware.py", "from opentelemetry import trace"),
     ("llama.cpp stays in its worker", "models/bench/llama.py", "import llama_cpp"),
     ("the worker of llama.cpp runs without this package", "models/bench/llama_worker.py", "from .probe import Probe"),
     ("plotly stays in the report", "models/compare/output.py", "import plotly.graph_objects as go"),

@@ -10,11 +10,11 @@ from models.errors import QerveError
 
 
 @contextmanager
-def metrics_server(host: str, port: int, registry: CollectorRegistry) -> Iterator[int]:
+def metrics_server(host: str, port: int, registry: CollectorRegistry) -> Iterator[str]:
     """Answer every GET on ``host`` and ``port`` (0: any that is free) with ``registry``'s metrics, in threads.
 
     Yields:
-        The port.
+        Its URL.
 
     Raises:
         QerveError: the address cannot be had.
@@ -26,7 +26,7 @@ def metrics_server(host: str, port: int, registry: CollectorRegistry) -> Iterato
             raise QerveError(f"port {port} on {host} is in use: choose another --metrics-port") from error
         raise QerveError(f"cannot listen on {host} port {port} for metrics: {error}") from error
     try:
-        yield int(server.server_port)
+        yield f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()

@@ -7,7 +7,8 @@ import psutil
 import pytest
 import torch
 
-from service.memory import available_bytes, cgroup_memory, cuda_memory, process_memory
+from models.memory import resident_tensor_bytes
+from service.memory import available_bytes, cgroup_memory, cuda_memory, oom_headroom_bytes, process_memory
 
 STATUS = (
     "Name:\tpython\nVmHWM:\t  4000 kB\nVmRSS:\t 3000 kB\nRssAnon:\t 2000 kB\nRssFile:\t 900 kB\nRssShmem:\t 100 kB\n"
@@ -53,6 +54,40 @@ def test_control_groups_of_version_1_and_their_way_of_saying_no_limit(tmp_path):
     root = tmp_path / "cgroup"
     write(root / "memory", memory__usage_in_bytes="7\n", memory__limit_in_bytes="9223372036854771712\n")
     assert cgroup_memory(root, tmp_path) == {"current": 7}
+
+
+def test_the_own_control_group_of_version_1_comes_before_the_root_one(tmp_path):
+    root, proc = tmp_path / "cgroup", tmp_path / "proc"
+    write(root / "memory" / "a", memory__usage_in_bytes="10\n", memory__limit_in_bytes="100\n")
+    write(root / "memory", memory__usage_in_bytes="999\n")
+    write(proc, cgroup="5:cpu,cpuacct:/a\n4:memory:/a\n0::/\n")
+    assert cgroup_memory(root, proc) == {"current": 10, "max": 100}
+
+
+@pytest.mark.parametrize(
+    ("stat", "headroom"), [("anon 60\ninactive_file 25\n", 65), ("cache 3\ntotal_inactive_file 30\n", 70), ("", 40)]
+)
+def test_what_is_left_of_the_group_counts_pages_that_can_be_dropped(tmp_path, stat, headroom):
+    root = write(tmp_path / "cgroup", memory__current="60\n", memory__max="100\n", memory__stat=stat)
+    assert oom_headroom_bytes(root, tmp_path) == headroom
+
+
+def test_without_a_limit_the_machine_is_the_limit(tmp_path):
+    total = psutil.virtual_memory().total
+    assert 0 < oom_headroom_bytes(tmp_path, tmp_path) < total
+    huge = write(tmp_path / "cgroup", memory__current="60\n", memory__max=f"{1 << 59}\n")
+    assert 0 < oom_headroom_bytes(huge, tmp_path) < total
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_resident_once_it_is_touched():
+    tensor = torch.empty(64 << 20, dtype=torch.uint8)
+    if resident_tensor_bytes(tensor) is None:
+        pytest.skip("this system does not tell which pages are there")
+    before = resident_tensor_bytes(tensor)
+    tensor[: 16 << 20] = 1
+    assert (16 << 20) - 8192 <= resident_tensor_bytes(tensor) - before <= (18 << 20)
+    assert resident_tensor_bytes(tensor[:0]) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
