@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 
 NUM_COLUMNS = 3
 PANEL_HEIGHT = 230
-MOST_NAMES = 8
+MOST_NAMES = 7
 WIDTH = 1800
 UNITS = {"bytes": (1 << 20, "MiB"), "percentunit": (0.01, "%"), "s": (1, "s"), "reqps": (1, "req/s")}
 LINES = frozenset({"timeseries", "state-timeline"})
@@ -65,10 +65,10 @@ def _with_gaps(points: list[tuple[float, float]]) -> list[tuple[float, float | N
 
 def _title(panel: dict[str, Any]) -> str:
     unit = UNITS.get(panel["unit"], (1, ""))[1]
-    names = [
-        f'<span style="color:{_color(index)}">{line["legend"]}</span>'
-        for index, line in enumerate(panel["lines"][:MOST_NAMES])
-    ]
+    lines = list(enumerate(panel["lines"]))
+    if len(lines) > MOST_NAMES:  # those with something to see
+        lines = [(index, line) for index, line in lines if any(float(value) for _, value in line["values"])]
+    names = [f'<span style="color:{_color(index)}">{line["legend"]}</span>' for index, line in lines[:MOST_NAMES]]
     return f"<b>{panel['title']}</b>{f' ({unit})' if unit else ''}<br>{'  '.join(names)}"
 
 
