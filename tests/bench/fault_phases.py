@@ -38,8 +38,8 @@ PHASES = (
     Phase("prompts that do not fit", 0.12, {**USERS, "oversize": 2}, alerts("OversizePrompts"), alerts("ClientsLeave")),
     Phase("deadlines that cannot be met", 0.10, {**USERS, "deadline": 2}, alerts("DeadlinesMissed"), SLOW),
     Phase(
-        "more requests every second", 0.20, {"flood": 60}, alerts("QueueGrowing", "Rejecting"),
-        SLOW | alerts("DeadlinesMissed"),
+        "more requests every second", 0.20, {"flood": 80}, SLOW | alerts("QueueGrowing", "Rejecting"),
+        alerts("DeadlinesMissed"),
     ),
     Phase("weights with turned signs", 0.08, {}, alerts("CanaryDrift", "NotReady"), SLOW, signal.SIGUSR1),
     Phase(
