@@ -31,7 +31,9 @@ from models.evaluate.generate import generate_greedily
 from models.evaluate.perplexity import score_window
 from models.llama.network import Network
 
-MAX_LOGPROB_DIFFERENCE = 0.05
+MAX_LOGPROB_DIFFERENCE = 0.1
+"""Nats. In float16 ours differs from ours in float32 by 0.049 on SmolLM2-135M, two ways of float16 by more."""
+
 MAX_PERPLEXITY_RATIO = 1.005
 NEW_TOKENS = 24
 START_SECONDS = 1800
