@@ -136,7 +136,7 @@ def train(model: Any, text: Tensor, held_out: Tensor, settings: Settings) -> tup
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if step % settings.evaluate_every == 0 or step == settings.steps:
             seen[step] = evaluate(model, held_out, settings)
     return losses, seen

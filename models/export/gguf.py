@@ -4,7 +4,7 @@ llama.cpp adds an adapter's product to a quantized one as the artifact does. Whe
 go over as they are (``gguf_blocks``); any other layer is rounded anew, and the proof says how far off that is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -142,12 +142,12 @@ class _ModelWriter:
         for index in (None, *range(config.num_hidden_layers)):
             for name in source.dense_names(index):
                 yield self._dense_entry(name)
-            for path, shape in {} if index is None else config.layer_linear_shapes(index).items():
-                kind, _ = self._kinds[path]
-                content = partial(self._weight, path)
-                yield Entry(gguf_name(f"{path}.weight"), kind, (shape.out_features, shape.in_features), content)
-                if source.manifest.linears[path].has_bias:
-                    yield Entry(gguf_name(f"{path}.bias"), Kind.F32, (shape.out_features,), partial(self._bias, path))
+            for path in () if index is None else config.layer_linear_shapes(index):
+                record = source.manifest.linears[path]
+                shape = (record.out_features, record.in_features)
+                yield Entry(gguf_name(f"{path}.weight"), self._kinds[path][0], shape, partial(self._weight, path))
+                if record.has_bias:
+                    yield Entry(gguf_name(f"{path}.bias"), Kind.F32, shape[:1], partial(self._bias, path))
         factors = rope_factors(config)
         if factors is not None:
             yield Entry(ROPE_FACTORS, Kind.F32, tuple(factors.shape), factors.numpy)
@@ -200,16 +200,17 @@ class _ModelWriter:
         config = self._source.reader.config
         if path not in (EMBEDDING, HEAD):
             return Entry(gguf_name(name), Kind.F32, (config.hidden_size,), lambda: _float(self._source.tensor(name)))
-        shape = (config.vocab_size, config.hidden_size)
-        content: Callable[[], npt.NDArray[Any]]
         record = self._source.manifest.vocabulary.get(path)
         kind = None if record is None else smallest_exact(record.scheme, config.hidden_size)
-        if kind is None:
-            kind, content = Kind.F16, lambda: cast(name, self._source.tensor(name), torch.float16).numpy()
-        else:
-            block = kind
-            content = lambda: code_blocks(self._source.reader.linear(path).quantized, block)  # noqa: E731
-        return Entry(gguf_name(name), kind, shape, content)
+        shape = (config.vocab_size, config.hidden_size)
+        return Entry(gguf_name(name), kind or Kind.F16, shape, partial(self._vocabulary, path, kind))
+
+    def _vocabulary(self, path: str, kind: Kind | None) -> npt.NDArray[Any]:
+        if kind is not None:
+            return code_blocks(self._source.reader.linear(path).quantized, kind)
+        name = f"{path}.weight"
+        array: npt.NDArray[Any] = cast(name, self._source.tensor(name), torch.float16).numpy()
+        return array
 
 
 def _float(tensor: Tensor) -> npt.NDArray[np.float32]:

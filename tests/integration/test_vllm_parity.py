@@ -9,7 +9,7 @@ from models.build import build_artifact
 from models.config import BuildConfig
 from models.export.vllm import VllmOptions, export_vllm
 from models.llama.checkpoint import open_checkpoint
-from tests.integration.vllm_parity import Client, compare, vllm_server
+from tests.integration.vllm_parity import Client, compare, run_here, vllm_server, wait_until_ready
 
 VLLM = os.environ.get("QERVE_VLLM")
 SETTINGS = {
@@ -28,7 +28,9 @@ def test_vllm_says_what_we_say(smollm2_gguf: Path, shared_data: Path, tmp_path: 
     export_vllm(artifact, export, VllmOptions())
     text = (shared_data / "wikitext2" / "wiki.test.raw").read_text(encoding="utf-8")
     with vllm_server(VLLM or "vllm", export, tmp_path / "vllm.log") as url:
-        result = compare(artifact, export, Client(url), text, window=512, num_windows=4)
+        ours = run_here(artifact, text, window=512, num_windows=4, new_tokens=24)
+        wait_until_ready(url, tmp_path / "vllm.log")
+        result = compare(ours, export, Client(url))
     assert result.holds, result
     assert result.num_equal_texts >= result.num_prompts - 2
     assert result.uncorrected_nll is not None

@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ from models.evaluate.generate import generate_greedily
 from models.evaluate.perplexity import score_window
 from models.llama.network import Network
 
-MAX_LOGPROB_DIFFERENCE = 0.05
+MAX_LOGPROB_DIFFERENCE = 0.1
+"""Nats. In float16 ours differs from ours in float32 by 0.049 on SmolLM2-135M, two ways of float16 by more."""
+
 MAX_PERPLEXITY_RATIO = 1.005
 NEW_TOKENS = 24
 START_SECONDS = 1800
@@ -57,6 +59,7 @@ class Parity:
 
     num_prompts: int
     num_equal_texts: int
+    num_new_tokens: int
     first_differences: list[dict[str, Any]]
     max_logprob_difference: float
     nll: float
@@ -90,19 +93,15 @@ class Client:
         with urllib.request.urlopen(request, timeout=1800) as answer:
             return sorted(json.load(answer)["choices"], key=lambda choice: choice["index"])
 
-    def generate(self, model: str, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        choices = self.complete(model, prompts, max_tokens=NEW_TOKENS, return_token_ids=True, ignore_eos=True)
+    def generate(self, model: str, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
+        choices = self.complete(model, prompts, max_tokens=new_tokens, return_token_ids=True, ignore_eos=True)
         return [list(choice["token_ids"]) for choice in choices]
 
-    def nlls(self, model: str, windows: Sequence[Sequence[int]]) -> torch.Tensor:
-        """nll of every token of ``windows`` but their first, one after the other."""
-        choices = self.complete(model, windows, max_tokens=1, prompt_logprobs=0)
-        logprobs = [
-            row[str(token)]["logprob"]
-            for choice, window in zip(choices, windows, strict=True)
-            for row, token in zip(choice["prompt_logprobs"][1:], window[1:], strict=True)
-        ]
-        return -torch.tensor(logprobs)
+    def nlls(self, model: str, window: Sequence[int]) -> torch.Tensor:
+        """nll of every token of ``window`` but its first."""
+        (choice,) = self.complete(model, [window], max_tokens=1, prompt_logprobs=0)
+        rows = choice["prompt_logprobs"][1:]
+        return torch.tensor([-row[str(token)]["logprob"] for row, token in zip(rows, window[1:], strict=True)])
 
 
 def names(export: Path, client: Client) -> tuple[str, str | None]:
@@ -114,22 +113,41 @@ def names(export: Path, client: Client) -> tuple[str, str | None]:
     return uncorrected.removesuffix("-uncorrected"), uncorrected
 
 
-def compare(artifact: Path, export: Path, client: Client, text: str, window: int, num_windows: int) -> Parity:
+@dataclass(frozen=True)
+class Ours:
+    """What the artifact says here, in float32: texts (token ids), and the nll of every token of ``windows``."""
+
+    model: Network
+    prompts: list[list[int]]
+    texts: list[list[int]]
+    windows: list[list[int]]
+    nlls: torch.Tensor
+
+
+def run_here(artifact: Path, text: str, window: int, num_windows: int, new_tokens: int) -> Ours:
     loaded = load_artifact(artifact, dtype=torch.float32, backend="dequantized")
     model, tokenizer = loaded.model, loaded.tokenizer
-    name, uncorrected = names(export, client)
-    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
-    theirs = client.generate(name, prompts)
-    ours = [generate_greedily(model, ids, NEW_TOKENS, lambda _: False) for ids in prompts]
-    differences = [parting(model, *it) for it in zip(prompts, ours, theirs, strict=True) if it[1] != it[2]]
     tokens = tokenizer.encode(text)[: window * num_windows]
     windows = [tokens[start : start + window] for start in range(0, len(tokens) - 1, window)]
-    expected = torch.cat([score_window(model, torch.tensor(it), len(it) - 1) for it in windows])
-    found = client.nlls(name, windows)
-    without = None if uncorrected is None else client.nlls(uncorrected, windows)
+    nlls = torch.cat([score_window(model, torch.tensor(it), len(it) - 1) for it in windows])
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    texts = [generate_greedily(model, ids, new_tokens, lambda _: False) for ids in prompts]
+    return Ours(model, prompts, texts, windows, nlls)
+
+
+def compare(ours: Ours, export: Path, client: Client) -> Parity:
+    name, uncorrected = names(export, client)
+    found = torch.cat([client.nlls(name, window) for window in ours.windows])
+    print(f"nll {float(ours.nlls.mean()):.5f} here, {float(found.mean()):.5f} in vLLM", flush=True)
+    without = None if uncorrected is None else torch.cat([client.nlls(uncorrected, it) for it in ours.windows])
+    theirs = client.generate(name, ours.prompts, len(ours.texts[0]))
+    triples = zip(ours.prompts, ours.texts, theirs, strict=True)
+    differences = [parting(ours.model, *it) for it in triples if it[1] != it[2]]
+    expected = ours.nlls
     return Parity(
-        num_prompts=len(PROMPTS),
-        num_equal_texts=len(PROMPTS) - len(differences),
+        num_prompts=len(ours.prompts),
+        num_equal_texts=len(ours.prompts) - len(differences),
+        num_new_tokens=len(ours.texts[0]),
         first_differences=differences,
         max_logprob_difference=float((expected - found).abs().max()),
         nll=float(expected.double().mean()),
@@ -155,7 +173,7 @@ def free_port() -> int:
 
 @contextmanager
 def vllm_server(executable: str, export: Path, log: Path) -> Iterator[str]:
-    """``vllm serve`` of the export, with the options of its README; ends with the block."""
+    """``vllm serve`` of the export, with the options of its README; gives its address, and ends with the block."""
     port = free_port()
     dtype = json.loads((export / "base" / "config.json").read_text())["dtype"]
     command = [executable, "serve", str(export / "base"), "--dtype", dtype, "--port", str(port), "--enforce-eager"]
@@ -169,28 +187,27 @@ def vllm_server(executable: str, export: Path, log: Path) -> Iterator[str]:
     else:
         command.append("export")
     own = {"VLLM_CPU_INT4_W4A8": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    own["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] = str(START_SECONDS)  # a step on a busy machine is no step that hangs
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | own
     with log.open("w") as stream:
         process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True)
     try:
-        wait_until_ready(f"http://127.0.0.1:{port}", process, log)
         yield f"http://127.0.0.1:{port}"
     finally:
         os.killpg(process.pid, signal.SIGTERM)  # its own session: the server and its workers, nothing else
         process.wait(60)
 
 
-def wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+def wait_until_ready(url: str, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"vllm ended with status {process.returncode}: {log.read_text()[-2000:]}")
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(2)
-    raise RuntimeError(f"vllm was not ready after {START_SECONDS} s: {log.read_text()[-2000:]}")
+    said = log.read_text()[-2000:] if log.is_file() else ""
+    raise RuntimeError(f"vllm was not ready after {START_SECONDS} s: {said}")
 
 
 def main() -> int:
@@ -203,14 +220,14 @@ def main() -> int:
     parser.add_argument("--log", type=Path, default=Path("vllm.log"))
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--max-windows", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
     options = parser.parse_args()
     text = options.text.read_text(encoding="utf-8")
-    arguments = (text, options.window, options.max_windows)
-    if options.url:
-        result = compare(options.artifact, options.export, Client(options.url), *arguments)
-    else:
-        with vllm_server(options.vllm or "vllm", options.export, options.log) as url:
-            result = compare(options.artifact, options.export, Client(url), *arguments)
+    is_running = nullcontext(options.url)
+    with is_running if options.url else vllm_server(options.vllm or "vllm", options.export, options.log) as url:
+        ours = run_here(options.artifact, text, options.window, options.max_windows, options.new_tokens)
+        wait_until_ready(url, options.log)
+        result = compare(ours, options.export, Client(url))
     for name, value in asdict(result).items():
         print(f"{name:24} {value}")
     print(json.dumps(asdict(result) | {"holds": result.holds}))
