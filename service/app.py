@@ -86,7 +86,7 @@ def create_app(
     metrics = new_metrics(info.name, plan.max_model_len)
     if gpu is not None:
         read_device_memory(metrics.read, gpu.memory)
-    engine = _engine(loaded, settings, plan, kv_cache, metrics, interpreter_bytes)
+    engine = _engine(loaded, settings, plan, kv_cache, metrics, interpreter_bytes=interpreter_bytes)
     keys = key_ring(settings) if keys is None else keys
     context = Context(
         settings,
@@ -182,6 +182,7 @@ def _engine(
     plan: CachePlan,
     kv_cache: KVCache,
     metrics: Metrics,
+    *,
     interpreter_bytes: int | None,
 ) -> AsyncEngine:
     model = loaded.model
