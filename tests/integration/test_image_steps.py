@@ -118,11 +118,11 @@ def test_wheel_is_built_and_installed_by_the_dockerfiles_steps_and_its_entry_poi
     outer = Path(distribution("torch").locate_file(""))
     (site / "dependencies.pth").write_text(str(outer))
     shown = subprocess.run(
-        [tmp_path / "qerve" / "bin" / "qerve", "serve", "--help"],
+        [tmp_path / "qerve" / "bin" / "qerve", "serve", "--print-config"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,
     )
     assert shown.returncode == 0, shown.stderr
-    assert "--drain-timeout-seconds" in shown.stdout
+    assert "drain_timeout_seconds" in shown.stdout
