@@ -14,6 +14,7 @@ import torch
 
 from models.kernels.triton.environment import TritonEnvironment
 from models.kernels.triton.tiles import ANY_ROWS, SHARED_MEMORY, TILES
+from tools.triton_table import render
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
@@ -66,6 +67,31 @@ def test_every_kernel_with_every_tile_fits(arch: int, tmp_path: Path) -> None:
     found = compiled(arch, folder=tmp_path)
     assert len(found) > sum(tile.arch == arch for tile in TILES)
     assert_fit(found, arch)
+
+
+def test_the_table_has_a_row_for_each_binary_under_its_architecture() -> None:
+    from models.kernels.triton.compile import Resources, all_variants
+
+    variants = [next(all_variants(arch)) for arch in (80, 90)]
+    text = render([(it, Resources(168, 0, 40 * 1024)) for it in variants], "3.9.0")
+    for variant in variants:
+        section = text.split(f"## sm_{variant.arch}\n")[1].split("## ")[0]
+        (row,) = (line for line in section.splitlines() if variant.title in line)
+        assert row.endswith("| 168 | 0 | 40 |")
+    assert "163 on sm_80, 227 on sm_90" in text
+
+
+@pytest.mark.parametrize(
+    ("resources", "obstacle"),
+    [((255, 8, 1024), "spills 8 bytes"), ((64, 0, 100 * 1024), "100 KiB of shared memory, sm_89 has 99")],
+)
+def test_a_binary_that_spills_or_takes_too_much_shared_memory_is_refused(
+    resources: tuple[int, int, int], obstacle: str
+) -> None:
+    from models.kernels.triton.compile import Resources
+
+    assert obstacle in (Resources(*resources).obstacle(89) or "")
+    assert Resources(255, 0, 99 * 1024).obstacle(89) is None
 
 
 def test_nothing_is_compiled_while_kernels_are_interpreted(tmp_path: Path) -> None:

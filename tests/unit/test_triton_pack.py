@@ -1,5 +1,10 @@
 """Layout of weights for the Triton kernels: every code at the place that its definition gives, and back."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +17,7 @@ from models.quant.grid import dequantize
 from models.scheme import GROUP_SIZES, QuantScheme
 from models.types import LinearWeights, QuantizedWeight
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
@@ -77,6 +83,16 @@ def test_a_packed_weight_gives_back_all_codes_and_numbers(quantized: QuantizedWe
     assert torch.equal(packed.dequantize(rows), expected[rows])
 
 
+@pytest.mark.parametrize("num_bits", [3, 4])
+@pytest.mark.parametrize("rows", [[], [0], [0, 0]])
+def test_a_weight_of_one_channel_gives_its_row_as_often_as_asked(num_bits: int, rows: list[int]) -> None:
+    # torch calls a dimension of length 1 contiguous whatever its stride is
+    scheme = QuantScheme(num_bits, -1, True)
+    quantized = QuantizedWeight(torch.tensor([[5]], dtype=torch.uint8), torch.ones(1, 1).half(), None, scheme)
+    indices = torch.tensor(rows, dtype=torch.int64)
+    assert torch.equal(pack_quantized(quantized, CPU).codes(indices), quantized.codes[indices])
+
+
 @settings(max_examples=40, deadline=None)
 @given(weights())
 def test_padding_stands_for_zero_and_ends_with_a_whole_word_of_every_plane(quantized: QuantizedWeight) -> None:
@@ -138,6 +154,11 @@ def test_a_device_that_is_missing_or_too_old_is_named(monkeypatch: pytest.Monkey
     assert environment.why_not(torch.device("cuda:0")) is None
     assert architecture(torch.device("cuda:0")) == 89
     assert "TRITON_INTERPRET=1" in (TritonEnvironment("3.9.0", True).why_not(torch.device("cuda:0")) or "")
+
+
+def test_without_triton_everything_but_its_kernels_can_be_imported() -> None:
+    script = "import sys; sys.modules['triton'] = None; import models.kernels, models.artifact.inspect, service.cli"
+    subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def test_the_environment_is_read_from_its_variables() -> None:

@@ -147,7 +147,7 @@ def _packed(codes: Tensor, num_bits: int) -> Tensor:
 
 def _unpacked(words: Tensor, num_bits: int) -> Tensor:
     """(rows of words, n) int32 -> (n, padded_features) uint8."""
-    rows = words.T.contiguous().view(torch.uint8)
+    rows = _transposed(words).view(torch.uint8)
     return unpack(rows, num_bits, rows.shape[1] * 8 // num_bits)
 
 
@@ -160,6 +160,11 @@ def _packed_bits(bits: Tensor) -> Tensor:
 
 def _unpacked_bits(words: Tensor) -> Tensor:
     """(padded_features / 32, n) int32 -> (n, padded_features) uint8 of 0 and 1."""
-    packed = words.T.contiguous().view(torch.uint8)
+    packed = _transposed(words).view(torch.uint8)
     places = torch.arange(8, dtype=torch.uint8, device=words.device)
     return ((packed[:, :, None] >> places) & 1).flatten(1)
+
+
+def _transposed(words: Tensor) -> Tensor:
+    # a dimension of length 1 passes for contiguous with any stride, and then cannot be viewed as bytes
+    return words.T.clone(memory_format=torch.contiguous_format)
