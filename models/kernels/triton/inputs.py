@@ -22,7 +22,7 @@ CODE_MULTIPLE = 128
 """Channels to whose multiple rows of codes are padded, with zeros: the longest step of the product."""
 MAX_WHOLE = 16384
 """Channels of a token that a program can hold in registers; what rotates them takes as many again."""
-MAX_WHOLE_ROTATED = 8192
+MAX_WHOLE_ROTATED = 4096
 FEW_TOKENS = 64
 """Tokens up to which each is a program of its own: ``lora_down`` is then read once a token, from the cache."""
 _FEW_COMPONENTS = 8
