@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..kernels import get_backends
+from ..kernels import AUTO, get_backends
 from ..layers.linear import LowRankLinear
 from ..llama.config import LlamaConfig
 from ..llama.model import LlamaForCausalLM
@@ -22,7 +22,7 @@ class RandomWeights:
     dtype: torch.dtype
     rank: int
     scheme: Scheme = W4A16
-    backend: str = "auto"
+    backend: str = AUTO
 
     def tensor(self, name: str) -> Tensor:
         """Norms of one; the embedding and head are small random numbers."""
@@ -41,10 +41,16 @@ class RandomWeights:
 
 
 def random_network(
-    config: LlamaConfig, rank: int, device: torch.device, dtype: torch.dtype, *, scheme: Scheme = W4A16
+    config: LlamaConfig,
+    rank: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    scheme: Scheme = W4A16,
+    backend: str = AUTO,
 ) -> LlamaForCausalLM:
-    """A network of ``config``'s shape on ``device``."""
-    return LlamaForCausalLM(config, RandomWeights(config, device, dtype, rank, scheme))
+    """A network of ``config``'s shape on ``device``; ``backend`` as ``get_backends`` takes it."""
+    return LlamaForCausalLM(config, RandomWeights(config, device, dtype, rank, scheme, backend))
 
 
 def step_bytes(network: LlamaForCausalLM) -> int:

@@ -33,6 +33,7 @@ from service.bench.gpu import GpuBench, GpuPlace, GpuSubject, cuda_device, gpu_s
 from service.bench.options import BenchOptions
 from service.bench.output import print_report
 from service.cli_bench import bench
+from tests.support.native import needs_native
 from tests.support.recorder import RecordingDevice
 from tests.support.tiny_checkpoints import tiny_config
 
@@ -219,12 +220,12 @@ def test_an_unknown_card_has_the_limits_that_were_measured():
     assert card_here(H100, samples, PROPERTIES) is card_of(H100)
 
 
-def tiny_network():
+def tiny_network(backend="auto", dtype=torch.bfloat16):
     config = LlamaConfig.from_hf(
         tiny_config(hidden_size=64, intermediate_size=128, tie_word_embeddings=False, max_position_embeddings=256),
         "tiny",
     )
-    return random_network(config, 8, CPU, torch.bfloat16)
+    return random_network(config, 8, CPU, dtype, backend=backend)
 
 
 def test_a_decode_step_reads_every_layer_and_the_head():
@@ -262,23 +263,47 @@ def test_the_whole_bench_gives_shares_of_the_card_and_one_report(capsys):
         assert text in out
 
 
-def paged_subject() -> GpuSubject:
-    layers = tiny_network()
+class NotedTexts(PlainTexts):
+    """Notes the tokens that it is to decode: what an engine generated."""
+
+    def __init__(self) -> None:
+        self.noted: list[list[int]] = []
+
+    def decode(self, ids, skip_special_tokens=True) -> str:
+        self.noted.append(list(ids))
+        return super().decode(ids, skip_special_tokens)
+
+
+def paged_subject(backend="reference", dtype=torch.float32) -> GpuSubject:
+    """On kernels that are PyTorch operators, unless asked otherwise: a recorder on the CPU sees no others."""
+    torch.manual_seed(5)
+    layers = tiny_network(backend, dtype)
     choice = choose_attention(layers.config, CPU, layers.dtype, TritonEnvironment(None, is_interpreting=False))
-    return GpuSubject("llama-2-7b, paged", PagedLlama(layers, choice), PlainTexts())
+    return GpuSubject("llama-2-7b, paged", PagedLlama(layers, choice), NotedTexts())
 
 
-def test_decode_steps_are_recorded_once_and_replayed():
-    recorders = []
+@pytest.mark.parametrize(("backend", "dtype"), [("reference", torch.float32), ("torch-int4", torch.bfloat16)])
+def test_recorded_decode_steps_generate_the_tokens_of_unrecorded_ones(backend, dtype):
+    def fail(device):
+        raise RuntimeError("not recorded")
 
-    def recorder(device):
-        recorders.append(RecordingDevice())
-        return recorders[-1]
+    recorder = RecordingDevice()
+    recorded, plain = paged_subject(backend, dtype), paged_subject(backend, dtype)
+    report = GpuBench(place(recorder=lambda device: recorder), recorded, options({"decode"})).run()
+    GpuBench(place(recorder=fail), plain, options({"decode"})).run()
+    (step,) = recorder.steps
+    assert step.num_replays == 3 * 3  # rounds, of which one warms up, of three steps
+    assert (report.missing, report.samples.failed) == ({}, {})
+    assert recorded.tokenizer.noted == plain.tokenizer.noted
+    assert len({token for ids in plain.tokenizer.noted for token in ids}) > 2
 
-    report = GpuBench(place(recorder=recorder), paged_subject(), options({"decode"})).run()
-    ((step,),) = [it.steps for it in recorders]
-    assert step.num_replays > 0
-    assert "decode graphs" not in report.missing
+
+@needs_native
+def test_what_a_recorder_cannot_see_is_not_replayed():
+    here = place(recorder=lambda device: RecordingDevice())
+    report = GpuBench(here, paged_subject("native"), options({"decode"})).run()
+    assert "no operator wrote" in report.missing["decode graphs"]
+    assert not report.samples.failed
 
 
 def test_without_recorded_steps_decoding_is_measured_all_the_same():

@@ -187,6 +187,27 @@ def test_ranks_are_read_when_a_step_is_replayed(tmp_path: Path) -> None:
     assert not torch.allclose(logits[0][1], logits[None][1], atol=1e-3)
 
 
+@pytest.mark.parametrize("reads", [True, False])
+def test_what_is_written_by_no_operator_cannot_be_recorded(reads: bool) -> None:
+    def run() -> Tensor:
+        output = torch.empty(2)
+        torch.from_dlpack(output).numpy()[:] = 1
+        return output.view(2, 1) + 1 if reads else output
+
+    with pytest.raises(RuntimeError, match="no operator wrote"):
+        RecordingDevice().record(run)
+
+
+def test_what_is_only_allocated_is_undefined_in_every_replay() -> None:
+    def run() -> Tensor:
+        return torch.empty(2).index_fill_(0, torch.tensor([1]), 3.0)
+
+    step = RecordingDevice().record(run)
+    step.output.fill_(5.0)
+    step.replay()
+    torch.testing.assert_close(step.output, torch.tensor([float("nan"), 3.0]), equal_nan=True)
+
+
 def generated(model: PagedLlama, cache: PagedKVCache, num_drafted: int = 0) -> list[list[int]]:
     """What an engine makes of prompts that come while others decode; the cache is too small for all of them at once."""
     blocks = BlockManager(cache.num_blocks, has_prefix_cache=True)
