@@ -8,7 +8,7 @@ on where it stopped.
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,12 +20,12 @@ from ..calibration.data import CalibrationTokens
 from ..calibration.store import StatisticsStore
 from ..config import BuildConfig
 from ..llama.checkpoint import Checkpoint, DenseWeights
-from ..memory import PeakMemory, directory_bytes, return_freed_memory
+from ..memory import PeakMemory, return_freed_memory
 from ..report.layers import artifact_report
+from .build_report import BuildReport, report
 from .calibrate import calibration_tokens
 from .ceiling import host_memory
 from .end_to_end import train_end_to_end, trains_end_to_end
-from .footprint import memory_bound_bytes
 from .holdout import HoldoutEvaluation, evaluate_holdout
 from .layer import LayerBuilder
 from .observer import BuildObserver, SilentObserver
@@ -36,37 +36,6 @@ from .spill import HiddenFiles
 from .stream import CalibrationStreams
 from .training import num_blocks_together
 from .vocabulary import needs_head_statistics, quantized_embedding, write_rest
-
-
-@dataclass(frozen=True, slots=True)
-class BuildReport:
-    """What a build did and what it cost.
-
-    dense_vocabulary_perplexity: of the quantized layers between dense embedding and head; None where these are not
-        quantized
-    peak_memory_bytes:      most that the layer-by-layer build held above what the process held before
-    memory_bound_bytes:     dense embedding + one dense decoder layer (float32) + activations of the calibration set
-    preparation_peak_bytes: the same as the first for what comes before the layers: encoding a text or having the
-        network write one, looking over the network for flattening, gradients and budgets
-    Mapped files are not counted: the system takes their pages back when it needs them.
-    """
-
-    artifact: str
-    seconds: float
-    peak_memory_bytes: int
-    memory_bound_bytes: int
-    preparation_peak_bytes: int
-    dense_perplexity: float | None
-    quantized_perplexity: float | None
-    dense_vocabulary_perplexity: float | None
-    effective_bits: float
-    artifact_bytes: int
-    dense_bytes: int
-    num_resumed_layers: int
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain dict for JSON."""
-        return asdict(self)
 
 
 def build_artifact(
@@ -124,19 +93,16 @@ def build_artifact(
             )
         evaluation = evaluate_holdout(prepared.checkpoint, streams, writer.read_vocabulary())
         manifest = _finish(writer, prepared.checkpoint, config, tokens, evaluation)
-    return BuildReport(
-        artifact=str(out),
-        seconds=round(time.perf_counter() - started, 2),
-        peak_memory_bytes=building.growth_bytes,
-        preparation_peak_bytes=preparing.growth_bytes,
-        memory_bound_bytes=memory_bound_bytes(checkpoint.config, streams.largest_batch, streams.nbytes),
-        dense_perplexity=evaluation.values.get("dense_perplexity"),
-        quantized_perplexity=evaluation.values.get("quantized_perplexity"),
-        dense_vocabulary_perplexity=evaluation.values.get("dense_vocabulary_perplexity"),
-        effective_bits=manifest.effective_bits,
-        artifact_bytes=directory_bytes(out),
-        dense_bytes=checkpoint.dense_bytes,
-        num_resumed_layers=num_resumed,
+    return report(
+        checkpoint,
+        out,
+        manifest,
+        streams,
+        evaluation,
+        seconds=time.perf_counter() - started,
+        preparing=preparing,
+        building=building,
+        num_resumed=num_resumed,
     )
 
 

@@ -33,7 +33,7 @@ from models.llama.model import LlamaForCausalLM
 from models.llama.paged_network import PagedLlama
 from models.scheme import QuantScheme
 from service.engine.capacity import plan_cache
-from service.gpu import GpuServing, add_device_memory, gpu_serving
+from service.gpu import GpuServing, gpu_serving, read_device_memory
 from service.metrics import Metrics
 from service.settings import Settings
 from tests.support.artifact_builder import LinearKind, write_artifact
@@ -244,7 +244,7 @@ def test_a_device_that_cannot_record_serves_all_the_same(caplog: pytest.LogCaptu
 
 def test_metrics_tell_what_the_memory_is_given_to() -> None:
     metrics, memory = Metrics("m", 64), serving().memory
-    add_device_memory(metrics, memory)
+    read_device_memory(metrics.read, memory)
     found = {
         sample.labels["kind"]: sample.value
         for family in metrics.registry.collect()

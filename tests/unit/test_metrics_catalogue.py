@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from models.llama.device_memory import DeviceMemory
 from service import memory
+from service.gpu import read_device_memory
 from service.metrics import CATALOGUE
 from service.metrics.catalogue import FINISH_REASONS, REJECTIONS
 from service.metrics.vllm_names import VLLM_NAMES
@@ -48,6 +50,7 @@ def exposed():
             assert server.post("/v1/completions", json=repeated).status_code == 200
             assert server.post("/v1/perplexity", json={"text": "hello world"}).status_code == 200
             server.context.metrics.draft_checked(2, 1)
+            read_device_memory(server.context.metrics.read, DeviceMemory(1, 1, 1, 1, 1))
             yield server.get("/metrics").text
 
 
