@@ -60,14 +60,11 @@ def build_artifact(
         overwrite: replace an artifact of that name.
         observer: is told of the progress.
         statistics: where to look for, and keep, what a calibration on dense inputs accumulates.
-        spills: keep the hidden states of the calibration set on disk, beside the partial artifact. An interrupted build
-            then also goes on with them, where it would otherwise take them through the finished layers again.
-        max_memory: bytes that the build may hold in the host's memory, mapped files aside; hidden states go to disk if
-            they have to. None: no limit.
+        spills: hidden states of the calibration set are on disk, and an interrupted build goes on with them.
+        max_memory: bytes to hold in the host's memory, mapped files aside: spills if it must; None: no limit.
 
     Raises:
-        SchemeError: the configuration cannot be carried out, or not within ``max_memory``; found before any weight is
-            read.
+        SchemeError: the configuration cannot be carried out, or not in that memory; found before a weight is read.
         CalibrationError: the calibration data cannot be used, or a statistic is not finite.
         CheckpointError: a tensor is missing or damaged.
         ArtifactError: ``out`` exists and ``overwrite`` is false.
@@ -84,15 +81,13 @@ def build_artifact(
         prepared = prepare(checkpoint, config, tokens, device, observer, store=statistics)
     return_freed_memory()
     with PeakMemory() as building:
-        network = prepared.checkpoint.config.with_vocabulary(config.vocabulary)
-        writer = ArtifactWriter(out, network, identity, overwrite)
+        writer = ArtifactWriter(out, prepared.checkpoint.config.with_vocabulary(config.vocabulary), identity, overwrite)
         streams, num_resumed = _build_layers(prepared, tokens, writer, device, observer, spills=spills)
         if trains_end_to_end(prepared.config):
             streams = train_end_to_end(
                 prepared.checkpoint, prepared.config, writer, tokens, streams=streams, device=device, observer=observer
             )
-        evaluation = evaluate_holdout(prepared.checkpoint, streams, writer.read_vocabulary())
-        manifest = _finish(writer, prepared.checkpoint, config, tokens, evaluation)
+        manifest, evaluation = _finish(writer, prepared.checkpoint, config, tokens, streams)
     return report(
         checkpoint,
         out,
@@ -188,10 +183,11 @@ def _finish(
     checkpoint: Checkpoint,
     config: BuildConfig,
     tokens: CalibrationTokens,
-    evaluation: HoldoutEvaluation,
-) -> Manifest:
-    """Give the artifact its name, with everything that the shards do not hold."""
-    return writer.finish(
+    streams: CalibrationStreams,
+) -> tuple[Manifest, HoldoutEvaluation]:
+    """Score the holdout and give the artifact its name, with everything that the shards do not hold."""
+    evaluation = evaluate_holdout(checkpoint, streams, writer.read_vocabulary())
+    manifest = writer.finish(
         build=_recorded(config),
         hf_config=checkpoint.hf_config,
         generation_config=checkpoint.generation_config,
@@ -202,6 +198,7 @@ def _finish(
         probe=evaluation.probe,
         report=artifact_report,
     )
+    return manifest, evaluation
 
 
 def _recorded(config: BuildConfig) -> BuildConfig:
