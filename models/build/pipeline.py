@@ -69,8 +69,7 @@ def build_artifact(
         CheckpointError: a tensor is missing or damaged.
         ArtifactError: ``out`` exists and ``overwrite`` is false.
     """
-    observer = observer or SilentObserver()
-    started, device = time.perf_counter(), torch.device(device)
+    started, observer, device = time.perf_counter(), observer or SilentObserver(), torch.device(device)
     check_build(config, checkpoint.config)
     if max_memory is not None:
         spills |= host_memory(checkpoint.config, config, device).must_spill(max_memory)
