@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from models.kernels.dense_terms import DenseTerms
+from models.quant.factors import FACTOR_SCHEMES
 from models.quant.grid import dense_factors, dequantize
-from models.types import LinearWeights, RowRanks
+from models.types import Correction, LinearWeights, QuantizedWeight, RowRanks
 
 CPU = torch.device("cpu")
 
@@ -37,6 +38,7 @@ def bounded_output(
     """
     u = torch.finfo(x.dtype).eps / (1 if is_truncating and x.dtype == torch.bfloat16 else 2)
     rank = 0 if weights.correction is None else weights.correction.rank
+    smallest = torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps
     terms = (x.shape[1] + rank + 8) * 2.0**-24
     gamma = terms / (1 - terms)
     inputs = DenseTerms.of(weights, CPU, x.dtype).prepare_input(x.cpu()).double()
@@ -44,18 +46,31 @@ def bounded_output(
     value, magnitude = inputs @ matrix.T, inputs.abs() @ matrix.abs().T
     error = (u + gamma * (1 + u)) * magnitude
     if weights.correction is not None and rank:
-        up, down = (None if it is None else it.to(x.dtype).double() for it in dense_factors(weights.correction))
+        up, down = kernel_factors(weights.correction, x.dtype)
         reduced = inputs[:, :rank] if down is None else inputs @ down.T
         sizes = inputs[:, :rank].abs() if down is None else inputs.abs() @ down.abs().T
         if row_ranks is not None:
             reduced, sizes = row_ranks.keep(reduced), row_ranks.keep(sizes)
         value = value + reduced @ up.T
-        error = error + (u + 2 * gamma * (1 + u)) * (sizes @ up.abs().T)
+        error = error + (u + 2 * gamma * (1 + u)) * (sizes @ up.abs().T) + rank * smallest
     if weights.bias is not None:
         bias = weights.bias.to(x.dtype).double()
         value, error = value + bias, error + gamma * bias.abs()
-    smallest = torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps
     return Bounded(value, error + u * (value.abs() + error) + smallest)
+
+
+def kernel_factors(correction: Correction, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """lora_up (out_features, rank) and lora_down or None, float64, as the kernels have them.
+
+    A pair in INT8 with a scale per component is exact: its codes fit 16-bit numbers, and the scales meet float32 sums.
+    Others are rounded to ``dtype``.
+    """
+    up, down = dense_factors(correction)
+    stored = (correction.lora_up, correction.lora_down)
+    if all(isinstance(it, QuantizedWeight) and it.scheme == FACTOR_SCHEMES["int8"] for it in stored):
+        assert down is not None
+        return up.double(), down.double()
+    return up.to(dtype).double(), None if down is None else down.to(dtype).double()
 
 
 def assert_bounded(found: Tensor, expected: Bounded, dtype: torch.dtype, *, is_truncating: bool = False) -> None:

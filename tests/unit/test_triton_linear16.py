@@ -119,10 +119,34 @@ def test_every_row_gets_as_many_components_as_it_asks_for(variant: str, num_rows
     assert torch.equal(run(weights, x, nothing), run(replace(weights, correction=None), x))
 
 
-@pytest.mark.parametrize("factor_dtype", ["int8", "float32", "mxint8"])
+@pytest.mark.parametrize("factor_dtype", ["float32", "int4", "mxint8"])
 def test_stored_factors_of_other_types_are_taken(factor_dtype: str) -> None:
     weights = random_layer(QuantScheme(4, 32), (32, 64), 32, factor_dtype=factor_dtype)  # type: ignore[arg-type]
     check(weights, torch.randn(3, 64).bfloat16())
+
+
+@pytest.mark.parametrize("num_rows", ROW_COUNTS)
+@pytest.mark.parametrize("rank", [8, 32, 64])
+def test_int8_factors_of_every_rank_give_what_they_stand_for(rank: int, num_rows: int) -> None:
+    weights = random_layer(QuantScheme(4, -1), (21, 77), rank, "scale" if rank == 32 else "", factor_dtype="int8")
+    x = torch.randn(num_rows, 77).to(FLOAT16 if num_rows == 3 else BFLOAT16)
+    layer = INTERPRETER.prepare(weights, CPU, x.dtype)
+    assert layer.nbytes == resident_bytes(layer)
+    check(weights, x)
+
+
+@pytest.mark.parametrize("num_rows", ROW_COUNTS)
+def test_every_row_gets_as_many_components_of_int8_factors_as_it_asks_for(num_rows: int) -> None:
+    weights = random_layer(QuantScheme(4, 32), (21, 96), 24, factor_dtype="int8")
+    x = torch.randn(num_rows, 96).half()
+    check(weights, x, RowRanks(torch.tensor([17, 0, 24, 90])[torch.arange(num_rows) % 4], 90))
+
+
+def test_sums_of_codes_may_exceed_float16() -> None:
+    weights = random_layer(QuantScheme(4, -1), (21, 77), 8, factor_dtype="int8")
+    x = torch.full((5, 77), 60.0).half() * torch.randint(0, 2, (77,)).mul(2).sub(1).half()
+    for num_rows in ROW_COUNTS:
+        check(weights, 8 * x[:num_rows])
 
 
 @pytest.mark.parametrize("num_rows", ROW_COUNTS)

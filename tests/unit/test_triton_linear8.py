@@ -16,6 +16,7 @@ from models.quant.grid import dequantize
 from models.scheme import ActivationScheme, QuantScheme
 from models.types import LinearWeights, RowRanks
 from tests.support.linear_oracle import random_layer
+from tests.support.triton_oracle import kernel_factors
 
 CPU = torch.device("cpu")
 REASON = TritonEnvironment.read().why_not(CPU)
@@ -86,14 +87,16 @@ def check(weights: LinearWeights, x: Tensor, row_ranks: RowRanks | None = None) 
     exact, error = values @ matrix.T, sizes @ matrix.abs().T
     gamma = (in_features // 16 + 2 * len(scale) + layer.input.rank + 8) * 2.0**-24
     error *= gamma
-    if layer.lora_up is not None:
-        up, down = layer.lora_up.double(), layer.input.lora_down
-        reduced = values[:, : len(up)] if down is None else values @ down.double().T
-        size = values[:, : len(up)].abs() if down is None else values.abs() @ down.double().abs().T
+    if weights.correction is not None:
+        up, down = kernel_factors(weights.correction, x.dtype)
+        rank = weights.correction.rank
+        reduced = values[:, :rank] if down is None else values @ down.T
+        size = values[:, :rank].abs() if down is None else values.abs() @ down.abs().T
         if row_ranks is not None:
             reduced, size = row_ranks.keep(reduced), row_ranks.keep(size)
-        exact = exact + reduced @ up
-        error = error + (2.5 * u + gamma + in_features * 2.0**-24) * (size @ up.abs())
+        exact = exact + reduced @ up.T
+        # INT8 factors: what is rounded is near the output in size, so float16's least steps count for each component
+        error = error + (2.5 * u + gamma + in_features * 2.0**-24) * (size @ up.abs().T) + rank * 2.0**-24
     if weights.bias is not None:
         bias = weights.bias.to(x.dtype).double()
         exact, error = exact + bias, error + gamma * bias.abs()
@@ -132,6 +135,20 @@ def test_inputs_of_every_scheme_are_multiplied_as_defined(scheme: QuantScheme, a
 def test_low_rank_terms_of_every_rank_are_computed_as_defined(rank: int, variant: str, num_rows: int) -> None:
     weights = layer_of(QuantScheme(4, -1), PER_TOKEN, rank, variant)
     check(weights, some_input(weights, num_rows))
+
+
+@pytest.mark.parametrize(("rank", "num_rows"), [(8, 3), (8, 5), (32, 5), (64, 3)])
+def test_int8_factors_of_every_rank_give_what_they_stand_for(rank: int, num_rows: int) -> None:
+    weights = layer_of(QuantScheme(4, -1), PER_TOKEN, rank, "order", factor_dtype="int8")
+    # sums of codes of lora_down far beyond float16
+    check(weights, 100 * some_input(weights, num_rows))
+
+
+@pytest.mark.parametrize("num_rows", [3, 5])
+def test_every_row_gets_as_many_components_of_int8_factors_as_it_asks_for(num_rows: int) -> None:
+    weights = layer_of(QuantScheme(4, 32), ActivationScheme(8, 32), 24, factor_dtype="int8")
+    x = some_input(weights, num_rows)
+    check(weights, x, RowRanks(torch.tensor([17, 0, 24, 90])[torch.arange(num_rows) % 4], 90))
 
 
 @pytest.mark.parametrize("block", [32, 64])

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ...quant.activation import quantize_activations
-from ...quant.grid import dense_factors
 from ...scheme import ActivationScheme
 from ...transform.inputs import InputTransform
 from ...types import LinearWeights
+from .factors import pack_factors
 from .hadamard import MAX_INNER, can_rotate
 from .integer import has_offset, input_group, rounding_obstacle
 from .launch16 import OPTIONS, SMALL_STAGES, cdiv
@@ -74,7 +74,8 @@ class FusedInput:
     channel_order:  (in_features,) int32, or None
     rotation_block: width of the Hadamard blocks, 0: not rotated
     activations:    how the input is quantized, or None
-    lora_down:      (rank, in_features) in the layer's type, or None: the first ``rank`` channels
+    lora_down:      (rank, in_features) in the layer's type or int8, or None: the first ``rank`` channels
+    component_scale: (rank,) float32, what the product with ``lora_down`` is multiplied with; None: it is not int8
     rank:           components of the low-rank term, 0: there is none
     """
 
@@ -84,13 +85,14 @@ class FusedInput:
     rotation_block: int
     activations: ActivationScheme | None
     lora_down: Tensor | None
+    component_scale: Tensor | None
     rank: int
 
     @classmethod
     def of(cls, weights: LinearWeights, device: torch.device, dtype: torch.dtype) -> "FusedInput":
-        """The input of ``weights`` with its tensors on ``device``, ``lora_down`` in ``dtype``."""
+        """The input of ``weights`` with its tensors on ``device``, ``lora_down`` in ``dtype`` or INT8."""
         correction, order, divisor = weights.correction, weights.channel_order, weights.input_scale
-        lora_down = None if correction is None else dense_factors(correction)[1]
+        factors = pack_factors(correction, device, dtype)
         if divisor is not None and order is not None:
             divisor = divisor[order.long()]
         return cls(
@@ -99,14 +101,15 @@ class FusedInput:
             channel_order=None if order is None else order.to(device, torch.int32).contiguous(),
             rotation_block=weights.rotation_block,
             activations=weights.activations,
-            lora_down=None if lora_down is None else lora_down.to(device, dtype).contiguous(),
+            lora_down=None if factors is None else factors.lora_down,
+            component_scale=None if factors is None else factors.component_scale,
             rank=0 if correction is None else correction.rank,
         )
 
     @property
     def nbytes(self) -> int:
         """Bytes that it keeps resident."""
-        tensors = (self.divisor, self.channel_order, self.lora_down)
+        tensors = (self.divisor, self.channel_order, self.lora_down, self.component_scale)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def prepare_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -161,7 +164,7 @@ class FusedInput:
         x = x if x.stride(1) == 1 else x.contiguous()
         grid = (cdiv(num_tokens, tile.block_m), cdiv(self.rank, tile.chunk) if tile.chunk else 1)
         input_kernel[grid](
-            x, divisor, order, self.lora_down, out, *grid_out, reduced,
+            x, divisor, order, self.lora_down, self.component_scale, out, *grid_out, reduced,
             num_tokens, x.stride(0), out.shape[1], self.in_features, self.rank,
             1.0 if scheme is None else scheme.clip_ratio,
             **input_constants(scheme, rotation, tile, segment, is_integer=out.dtype == torch.int8),
@@ -189,8 +192,11 @@ class FusedInput:
     def _prepare_in_torch(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         x = self._transform().apply(x)
         x = x if self.activations is None else quantize_activations(x, self.activations)
-        reduced = x[:, : self.rank] if self.lora_down is None else F.linear(x, self.lora_down)
-        return x, reduced if self.rank else None
+        if self.lora_down is None:
+            return x, x[:, : self.rank] if self.rank else None
+        if self.component_scale is None:
+            return x, F.linear(x, self.lora_down)
+        return x, (F.linear(x.float(), self.lora_down.float()) * self.component_scale).to(x.dtype)
 
 
 def input_tile(num_tokens: int, in_features: int, rotation: int, group: int, down_rank: int) -> InputTile:

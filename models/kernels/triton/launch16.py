@@ -43,6 +43,7 @@ class LinearArguments:
     bias: Tensor | None
     lora_up: Tensor | None
     lora_down: Tensor | None
+    component_scale: Tensor | None
     row_ranks: Tensor | None
 
     @property
@@ -152,8 +153,8 @@ def _launch_split(arguments: LinearArguments, tile: Tile, parts: int) -> None:
     )  # fmt: skip
     constants = reduce_constants(tile, parts, arguments.rank)
     linear16.reduce_kernel[cdiv(width, constants["BLOCK_N"]), cdiv(num_rows, constants["BLOCK_M"])](
-        sums, *inputs, weight.scale, arguments.bias, arguments.lora_up, arguments.row_ranks, arguments.output,
-        num_rows, weight.in_features, width, rank, arguments.rank,
+        sums, *inputs, weight.scale, arguments.bias, arguments.lora_up, arguments.component_scale,
+        arguments.row_ranks, arguments.output, num_rows, weight.in_features, width, rank, arguments.rank,
         GROUP_SIZE=kernel_group(weight), **constants, num_warps=SMALL_WARPS, num_stages=SMALL_STAGES, **OPTIONS,
     )  # fmt: skip
 
@@ -163,8 +164,8 @@ def _launch_tiled(arguments: LinearArguments, tile: Tile, num_processors: int) -
     x, reduced, parts = _prepared(arguments, num_processors)
     num_tiles = cdiv(num_rows, tile.block_m) * cdiv(weight.out_features, tile.block_n)
     linear16.tiled_kernel[(num_tiles,)](
-        x, *_codes(weight), arguments.bias, reduced, arguments.lora_up, arguments.row_ranks, arguments.output,
-        num_rows, weight.in_features, weight.out_features, arguments.rank, parts,
+        x, *_codes(weight), arguments.bias, reduced, arguments.lora_up, arguments.component_scale,
+        arguments.row_ranks, arguments.output, num_rows, weight.in_features, weight.out_features, arguments.rank, parts,
         **_constants(arguments, tile), GROUP_M=GROUP_M,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **OPTIONS,
     )  # fmt: skip

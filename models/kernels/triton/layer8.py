@@ -6,9 +6,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ...quant.grid import dense_factors, dequantize
+from ...quant.grid import dequantize
 from ...types import LinearWeights, QuantizedWeight, RowRanks
 from .environment import architecture, num_processors
+from .factors import pack_factors
 from .inputs import FusedInput, IntegerInput
 from .integer import has_offset, input_group
 from .launch16 import GROUP_M, OPTIONS, cdiv, kernel_group, rank_block
@@ -28,7 +29,7 @@ class TritonLinear8:
     """weight:      codes and scales in the kernels' layout
     input:       divides, gathers, rotates, quantizes, multiplies with lora_down
     column_sums: (input groups, out_features) float32, sums of the weights; None: inputs have no offset
-    lora_up:     (rank, out_features) in the inputs' type, or None
+    lora_up:     (rank, out_features) in the inputs' type or int8, or None
     bias:        (out_features,), or None
     tiles:       by rising number of rows
     num_processors: multiprocessors of the device
@@ -45,14 +46,14 @@ class TritonLinear8:
     @classmethod
     def of(cls, weights: LinearWeights, device: torch.device, dtype: torch.dtype) -> Self:
         """Repack ``weights``, for which there is no ``integer_obstacle``, on ``device``."""
-        scheme, correction = weights.activations, weights.correction
+        scheme = weights.activations
         has_columns = scheme is not None and has_offset(scheme)
-        lora_up = None if correction is None or not correction.rank else dense_factors(correction)[0].T
+        factors = pack_factors(weights.correction, device, dtype)
         return cls(
             weight=pack_weights(weights, device),
             input=FusedInput.of(weights, device, dtype),
             column_sums=_column_sums(weights.quantized, input_group(scheme), device) if has_columns else None,
-            lora_up=None if lora_up is None else lora_up.to(device, dtype).contiguous(),
+            lora_up=None if factors is None else factors.lora_up,
             bias=None if weights.bias is None else weights.bias.to(device, dtype).contiguous(),
             tiles=tiles_of(KERNEL, architecture(device), weights.quantized.scheme.num_bits),
             num_processors=num_processors(device),

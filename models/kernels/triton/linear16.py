@@ -20,7 +20,7 @@ scale per output channel, which is applied to the sum.
 import triton
 import triton.language as tl
 
-from .parts import dot16, keep_components, load_grid, load_inputs, load_weights, low_rank, tile_of
+from .parts import dot16, keep_components, load_down, load_grid, load_inputs, load_weights, low_rank, tile_of
 
 
 @triton.jit
@@ -78,8 +78,7 @@ def _down_product(
     for block in tl.range(first_block, last_block, num_stages=NUM_STAGES):
         channels = block * BLOCK_K + tl.arange(0, BLOCK_K)
         inputs = load_inputs(x, input_scale, channel_order, rows, channels, num_rows, in_features)
-        inside = (channels < in_features)[:, None] & (components < rank)[None, :]
-        down = tl.load(lora_down + components[None, :] * in_features + channels[:, None], mask=inside, other=0.0)
+        down = load_down(lora_down, components, channels, rank, in_features)
         total = _add_product(total, inputs, down, BLOCK_M)
     return _summed(total, BLOCK_M)
 
@@ -140,7 +139,7 @@ def split_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def reduce_kernel(
-    parts, x, input_scale, channel_order, scale, bias, lora_up, row_ranks, output,
+    parts, x, input_scale, channel_order, scale, bias, lora_up, component_scale, row_ranks, output,
     num_rows, in_features, out_features, down_rank, rank,
     GROUP_SIZE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -172,7 +171,8 @@ def reduce_kernel(
             else:
                 inside = is_row & (components < rank)
                 reduced = tl.sum(tl.load(parts + lines + out_features + components, mask=inside, other=0.0), 0)
-            reduced = keep_components(reduced, row_ranks, rows, components, num_rows)
+            reduced = keep_components(reduced, component_scale, row_ranks, rows, components, num_rows, rank)
+            reduced = reduced.to(x.dtype.element_ty)
             total = low_rank(total, reduced, lora_up, components, columns, rank, out_features, BLOCK_M)
     _finish(total, bias, output, rows, columns, num_rows, out_features)
 
@@ -208,9 +208,8 @@ def prepare_kernel(
                 inside = (rows < num_rows)[:, None] & (channels < in_features)[None, :]
                 tl.store(prepared + rows[:, None] * in_features + channels[None, :], inputs, mask=inside)
         if lora_down is not None:
-            inside = (channels < in_features)[:, None] & (components < rank)[None, :]
-            down = tl.load(lora_down + components[None, :] * in_features + channels[:, None], mask=inside, other=0.0)
-            total = dot16(inputs, down, total)
+            down = load_down(lora_down, components, channels, rank, in_features)
+            total = dot16(inputs, down.to(inputs.dtype), total)
     if lora_down is not None:
         places = rows[:, None] * rank + components[None, :]
         tl.store(reduced_parts + places, total, mask=(rows < num_rows)[:, None] & (components < rank)[None, :])
@@ -218,7 +217,7 @@ def prepare_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "num_parts"])
 def tiled_kernel(
-    x, words, high_words, scale, zero, table, bias, reduced_parts, lora_up, row_ranks, output,
+    x, words, high_words, scale, zero, table, bias, reduced_parts, lora_up, component_scale, row_ranks, output,
     num_rows, in_features, out_features, rank, num_parts,
     NUM_BITS: tl.constexpr, STORAGE_BITS: tl.constexpr, GROUP_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -260,6 +259,7 @@ def tiled_kernel(
                 places = rows[:, None] * rank + components[None, :]
                 for part in tl.range(0, num_parts, num_stages=1):
                     reduced += tl.load(reduced_parts + part * part_length + places, mask=inside, other=0.0)
-            reduced = keep_components(reduced, row_ranks, rows, components, num_rows)
+            reduced = keep_components(reduced, component_scale, row_ranks, rows, components, num_rows, rank)
+            reduced = reduced.to(x.dtype.element_ty)
             total = low_rank(total, reduced, lora_up, components, columns, rank, out_features, BLOCK_M)
     _finish(total, bias, output, rows, columns, num_rows, out_features)

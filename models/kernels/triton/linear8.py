@@ -34,7 +34,8 @@ def linear8_kernel(
 ):  # fmt: skip
     """output (parts, num_rows, out_features): the whole layer, or partial sums of it.
 
-    Inputs as ``inputs.IntegerInput`` has them, weights as ``pack.PackedWeight``, lora_up (rank, out_features).
+    Inputs as ``inputs.IntegerInput`` has them, weights as ``pack.PackedWeight``, lora_up (rank, out_features) in
+    the type of ``reduced`` or int8.
     GROUP_SIZE, INPUT_GROUP: channels that share a scale, 0: all of a row
     SEGMENT: the longest power of two that lies within groups of both, at most BLOCK_K; what ``sums`` are of
     Grid: tiles in one dimension (bands of GROUP_M tiles of rows), parts of the input channels.
@@ -67,7 +68,8 @@ def linear8_kernel(
                 components = start + tl.arange(0, BLOCK_R)
                 inside = is_row[:, None] & (components < rank)[None, :]
                 few = tl.load(reduced + rows[:, None] * rank + components[None, :], mask=inside, other=0.0)
-                few = keep_components(few.to(tl.float32), row_ranks, rows, components, num_rows)
+                few = keep_components(few.to(tl.float32), None, row_ranks, rows, components, num_rows, rank)
+                few = few.to(reduced.dtype.element_ty)
                 total = low_rank(total, few, lora_up, components, columns, rank, out_features, BLOCK_M)
         if bias is not None:
             total += tl.load(bias + columns, mask=columns < out_features, other=0.0).to(tl.float32)[None, :]

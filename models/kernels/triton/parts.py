@@ -110,21 +110,40 @@ def low_rank(
 ):  # fmt: skip
     """``total`` (BLOCK_M, len(columns)) float32 plus ``reduced`` (BLOCK_M, len(components)) times the up-projection.
 
-    lora_up: (rank, out_features), 16-bit; ``reduced`` is rounded to its type, sums are float32
+    lora_up: (rank, out_features), of the 16-bit type of ``reduced`` or int8, in steps of 2**-7; sums are float32
     """
     inside = (components < rank)[:, None] & (columns < out_features)[None, :]
-    up = tl.load(lora_up + components[:, None] * out_features + columns[None, :], mask=inside, other=0.0)
+    up = tl.load(lora_up + components[:, None] * out_features + columns[None, :], mask=inside, other=0)
+    if up.dtype == tl.int8:
+        up = up.to(tl.float32) * 0.0078125
     if BLOCK_M == 1:
-        rounded = tl.trans(reduced).to(up.dtype).to(tl.float32)
-        total += tl.sum(rounded * up.to(tl.float32), 0)[None, :]
+        total += tl.sum(tl.trans(reduced).to(tl.float32) * up.to(tl.float32), 0)[None, :]
     else:
-        total = dot16(reduced.to(up.dtype), up, total)
+        total = dot16(reduced, up.to(reduced.dtype), total)
     return total
 
 
 @triton.jit
-def keep_components(reduced, row_ranks, rows, components, num_rows):
-    """``reduced`` (len(rows), len(components)) with zeros where a row's own rank ends before; None: all count."""
+def load_down(lora_down, components, channels, rank, in_features):
+    """Tile (len(channels), len(components)) of ``lora_down`` (rank, in_features), as it is stored or int8 as float32.
+
+    Codes go through float32, which the interpreter can turn into bfloat16.
+    """
+    inside = (channels < in_features)[:, None] & (components < rank)[None, :]
+    down = tl.load(lora_down + components[None, :] * in_features + channels[:, None], mask=inside, other=0)
+    if down.dtype == tl.int8:
+        down = down.to(tl.float32)
+    return down
+
+
+@triton.jit
+def keep_components(reduced, component_scale, row_ranks, rows, components, num_rows, rank):
+    """``reduced`` (len(rows), len(components)) float32, scaled, with zeros where a row's own rank ends before.
+
+    component_scale: (rank,) float32 or None: as it is; row_ranks: (num_rows,) int64 or None: all count
+    """
+    if component_scale is not None:
+        reduced *= tl.load(component_scale + components, mask=components < rank, other=0.0)[None, :]
     if row_ranks is not None:
         limits = tl.load(row_ranks + rows, mask=rows < num_rows, other=0)
         reduced = tl.where(components[None, :] < limits[:, None], reduced, 0.0)

@@ -8,7 +8,8 @@ of its own), and while they are in registers writes all that the product needs:
     offset    of asymmetric 8-bit grids only. They span 255 steps around a zero that may lie anywhere, so the lowest
               step is moved to -128; ``x' = scale * code + offset``. Narrower grids fit a signed byte with zero at 0
     sums      of the codes in each segment of channels: what a zero point of the weights is multiplied with
-    reduced   ``x' @ lora_down.T`` (or the first ``rank`` channels of x'): the low-rank term's input
+    reduced   ``x' @ lora_down.T`` (or the first ``rank`` channels of x'): the low-rank term's input. Of INT8 factors
+              times ``component_scale``: before it is rounded, so that float16 need not hold sums of whole codes
 
 Without quantization it writes x' itself, in the input's type. The low-rank term sees quantized inputs, rounded to the
 layer's type, as the reference has it.
@@ -23,12 +24,12 @@ import triton.language as tl
 
 from .grids import choose_grid, group_range, round_to_grid
 from .hadamard import rotate_tile
-from .parts import dot16
+from .parts import dot16, load_down
 
 
 @triton.jit
 def input_kernel(
-    x, divisor, channel_order, lora_down, out, scale_out, offset_out, sums_out, reduced_out,
+    x, divisor, channel_order, lora_down, component_scale, out, scale_out, offset_out, sums_out, reduced_out,
     num_tokens, x_stride, out_stride, in_features, rank, clip_ratio,
     ROTATION: tl.constexpr, INNER: tl.constexpr, FORMAT: tl.constexpr, NUM_BITS: tl.constexpr,
     IS_SYMMETRIC: tl.constexpr, IS_CEIL: tl.constexpr, GROUP: tl.constexpr, SEGMENT: tl.constexpr,
@@ -94,20 +95,23 @@ def input_kernel(
                 tl.store(reduced_out + rows[:, None] * rank + columns[None, :], values, mask=is_leading)
             elif not IS_WHOLE:
                 components = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-                inside = (columns < in_features)[:, None] & (components < rank)[None, :]
-                down = tl.load(lora_down + components[None, :] * in_features + columns[:, None], mask=inside, other=0.0)
-                reduced = dot16(values, down, reduced)
+                down = load_down(lora_down, components, columns, rank, in_features)
+                reduced = dot16(values, down.to(values.dtype), reduced)
             else:
                 for index in tl.static_range(CHUNK):
                     component = tl.program_id(1) * CHUNK + index
                     is_real = component < rank
                     inside = columns < in_features * is_real
-                    down = tl.load(lora_down + component * in_features + columns, mask=inside, other=0.0)
+                    down = tl.load(lora_down + component * in_features + columns, mask=inside, other=0)
                     part = tl.sum(values.to(tl.float32) * down.to(tl.float32)[None, :], 1)
+                    if component_scale is not None:
+                        part *= tl.load(component_scale + component, mask=is_real, other=0.0)
                     tl.store(reduced_out + rows * rank + component, part, mask=rows < num_tokens * is_real)
     if CHUNK and not IS_WHOLE:
         components = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
         inside = (rows < num_tokens)[:, None] & (components < rank)[None, :]
+        if component_scale is not None:
+            reduced *= tl.load(component_scale + components, mask=components < rank, other=0.0)[None, :]
         tl.store(reduced_out + rows[:, None] * rank + components[None, :], reduced, mask=inside)
 
 

@@ -13,8 +13,8 @@ from .linear8 import add_parts_kernel, linear8_kernel
 from .quantize import input_kernel
 from .tiles import TILES, Tile
 from .variant import Variant
+from .variants16 import RANK, factor_types, term_title
 
-RANK = 32
 DTYPE = "bf16"
 """Of the layer: float16 takes as many registers."""
 PER_TOKEN, GROUPED = ActivationScheme(8), ActivationScheme(8, 128)
@@ -22,7 +22,7 @@ _TYPES: Mapping[str, str] = MappingProxyType(
     {
         **dict.fromkeys(("channel_order", "words", "high_words", "sums", "sums_out"), "*i32"),
         **dict.fromkeys(("divisor", "input_scale", "input_offset", "column_sums", "parts"), "*fp32"),
-        **dict.fromkeys(("scale_out", "offset_out"), "*fp32"),
+        **dict.fromkeys(("scale_out", "offset_out", "component_scale"), "*fp32"),
         **dict.fromkeys(("scale", "zero"), "*fp16"),
         **dict.fromkeys(("num_rows", "num_tokens", "num_input_groups", "size", "rank"), "i32"),
         **dict.fromkeys(("in_features", "out_features", "code_stride", "x_stride", "out_stride"), "i32"),
@@ -36,14 +36,15 @@ _UNALIGNED = frozenset({"num_rows", "num_tokens", "num_input_groups", "size", "c
 
 
 def variants(arch: int) -> Iterator[Variant]:
-    """All binaries for ``arch``: codes of every width in asymmetric groups of 64, with a term of rank 32.
+    """All binaries for ``arch``: codes of every width in asymmetric groups of 64, terms of rank 32 in 16 bits and INT8.
 
     Args:
         arch: compute capability as one number.
     """
     for tile in TILES:
         if (tile.kernel, tile.arch) == (KERNEL, arch):
-            yield product_variant(tile, QuantScheme(tile.num_bits, 64), PER_TOKEN)
+            for is_int8 in (False, True):
+                yield product_variant(tile, QuantScheme(tile.num_bits, 64), PER_TOKEN, has_int8_factors=is_int8)
             if tile.num_bits == 4:
                 yield product_variant(tile, QuantScheme(4, 64), GROUPED)
     for num_tokens, in_features, rotation, scheme in (
@@ -53,30 +54,43 @@ def variants(arch: int) -> Iterator[Variant]:
         (FEW_TOKENS + 1, MAX_WHOLE, 128, PER_TOKEN),
         (FEW_TOKENS + 1, MAX_WHOLE, 128, GROUPED),
     ):
-        yield input_variant(arch, num_tokens, in_features, rotation, scheme)
+        for is_int8 in (False, True):
+            yield input_variant(arch, num_tokens, in_features, rotation, scheme, has_int8_factors=is_int8)
     fixed = {"NUM_PARTS": 16, "BLOCK": ADDED_AT_ONCE}
     yield _variant(add_parts_kernel, "add 16 parts", arch, fixed, set(), types={"output": f"*{DTYPE}"})
 
 
-def product_variant(tile: Tile, scheme: QuantScheme, activations: ActivationScheme) -> Variant:
+def product_variant(
+    tile: Tile, scheme: QuantScheme, activations: ActivationScheme, *, has_int8_factors: bool = False
+) -> Variant:
     """``linear8_kernel`` with ``tile``."""
     fixed = constants(scheme.num_bits, max(scheme.group_size, 0), input_group(activations), RANK, tile)
     missing = {"bias", "row_ranks"} | (set() if scheme.num_bits == 3 else {"high_words"})
     missing |= {"zero", "sums"} if scheme.is_symmetric else set()
     missing |= set() if has_offset(activations) else {"input_offset", "column_sums"}
     types = {"output": f"*{DTYPE}" if tile.max_split == 1 else "*fp32"}
-    title = f"integer, {scheme}, inputs {activations}, rank {RANK}"
+    types |= factor_types(has_int8_factors=has_int8_factors)
+    title = f"integer, {scheme}, inputs {activations}, {term_title(has_int8_factors=has_int8_factors)}"
     return _variant(linear8_kernel, title, tile.arch, fixed, missing, types=types, tile=tile)
 
 
-def input_variant(arch: int, num_tokens: int, in_features: int, rotation: int, scheme: ActivationScheme) -> Variant:
+def input_variant(
+    arch: int,
+    num_tokens: int,
+    in_features: int,
+    rotation: int,
+    scheme: ActivationScheme,
+    *,
+    has_int8_factors: bool = False,
+) -> Variant:
     """``input_kernel`` for a layer that divides, gathers and rotates."""
     tile = input_tile(num_tokens, in_features, rotation, input_group(scheme), RANK)
     fixed = input_constants(scheme, rotation, tile, 64, is_integer=True)
     title = f"input, {scheme}, {tile.block_m} x {tile.block_k}, rotated by {rotation}, {tile.chunk} components"
-    return _variant(
-        input_kernel, title, arch, fixed, set(), types={"out": "*i8"}, num_warps=tile.num_warps
-    )  # fmt: skip
+    title += " in INT8" if has_int8_factors else ""
+    types = {"out": "*i8"} | factor_types(has_int8_factors=has_int8_factors)
+    missing = set() if has_int8_factors else {"component_scale"}
+    return _variant(input_kernel, title, arch, fixed, missing, types=types, num_warps=tile.num_warps)
 
 
 def _variant(
