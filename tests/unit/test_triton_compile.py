@@ -56,7 +56,11 @@ def assert_fit(found: list[list[object]], arch: int) -> None:
 
 def test_kernels_of_two_regimes_fit_an_h100(tmp_path: Path) -> None:
     scheme = "INT4 asymmetric, group 64, rank 32 up to"
-    names = (f"split, {scheme} 16", f"tiled, {scheme} {ANY_ROWS}", f"split, {scheme.replace('up', 'in INT8 up')} 16")
+    names = (
+        f"split, {scheme} 16",
+        f"tiled, {scheme} {ANY_ROWS}",
+        f"split, {scheme.replace('up to', 'in INT8 up to')} 16",
+    )
     found = compiled(90, *names, folder=tmp_path)
     assert len(found) == len(names)
     assert_fit(found, 90)
