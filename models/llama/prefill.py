@@ -7,7 +7,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from .attention import causal_attention
 
@@ -79,6 +78,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Te
     # The bias stands for a mask that is never made; on a CPU it would be made, where causal_attention makes less of it.
     if is_masked or len(query) == len(key) or query.device.type != "cuda":
         return causal_attention(query[None], key[None], value[None], window)[0]
+    # It brings PyTorch's compiler along, Triton included: seconds, and a third of a server's memory on a CPU.
+    from torch.nn.attention.bias import causal_lower_right
+
     bias = causal_lower_right(len(query), len(key))
     is_grouped = query.shape[1] != key.shape[1]
     queries, keys, values = (rows.transpose(0, 1)[None] for rows in (query, key, value))

@@ -161,6 +161,21 @@ def test_without_triton_everything_but_its_kernels_can_be_imported() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
+def test_a_server_does_not_import_compilers_before_it_needs_them() -> None:
+    """They would take seconds of its start, and a third of its memory."""
+    script = "import sys, service.process, models.artifact.load; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert {"triton", "torch._dynamo", "torch._inductor", "sympy", "transformers", "ray"} & set(
+        done.stdout.split()
+    ) == set()
+
+
 def test_the_environment_is_read_from_its_variables() -> None:
     assert TritonEnvironment.read({"TRITON_INTERPRET": "1"}).is_interpreting
     assert not TritonEnvironment.read({"TRITON_INTERPRET": "0"}).is_interpreting
