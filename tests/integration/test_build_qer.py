@@ -185,7 +185,9 @@ def test_what_cannot_be_trained_is_said_before_a_weight_is_read(change, message,
         check_build(BuildConfig.from_dict(values), open_checkpoint(str(checkpoint_dir)).config)
 
 
-VOCABULARIES = pytest.mark.parametrize("vocabulary", [VocabularyScheme(), VocabularyScheme(4, 8)], ids=str)
+VOCABULARIES = pytest.mark.parametrize(
+    "vocabulary", [pytest.param(VocabularyScheme(), marks=pytest.mark.slow), VocabularyScheme(4, 8)], ids=str
+)
 
 
 def end_to_end(base, vocabulary):

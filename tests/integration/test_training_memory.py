@@ -75,7 +75,7 @@ def streams_of(checkpoint, config: BuildConfig) -> CalibrationStreams:
     return CalibrationStreams(stream, stream.copy(), none, none.copy(), uses_dense_inputs=False)
 
 
-@pytest.mark.parametrize("num_tokens", [16, 384])
+@pytest.mark.parametrize("num_tokens", [pytest.param(16, marks=pytest.mark.slow), 384])
 @pytest.mark.parametrize("case", CASES)
 def test_what_training_takes_is_what_the_plan_says(checkpoint, case, num_tokens):
     config = config_of(case, num_tokens)

@@ -31,6 +31,8 @@ INTERPRETER = TritonBackend(is_interpreter_wanted=True)
 FEW = Tile("linear8", 80, 4, 4, 16, 16, 64, 4, 4, 1)
 MANY = Tile("linear8", 80, 4, ANY_ROWS, 16, 16, 64, 1, 4, 1)
 ROW_COUNTS = (3, 18)
+# Many rows take the interpreter ten times as long; what the regimes share is tested with few.
+EITHER_REGIME = pytest.mark.parametrize("num_rows", [3, pytest.param(18, marks=pytest.mark.slow)])
 PER_TOKEN = ActivationScheme(8)
 WEIGHTS = tuple(
     QuantScheme(num_bits, group_size, is_symmetric)
@@ -129,7 +131,7 @@ def test_inputs_of_every_scheme_are_multiplied_as_defined(scheme: QuantScheme, a
     check(weights, some_input(weights, 3))
 
 
-@pytest.mark.parametrize("num_rows", ROW_COUNTS)
+@EITHER_REGIME
 @pytest.mark.parametrize("variant", ["order", "serq order"])
 @pytest.mark.parametrize("rank", [8, 32, 64])
 def test_low_rank_terms_of_every_rank_are_computed_as_defined(rank: int, variant: str, num_rows: int) -> None:
@@ -158,7 +160,7 @@ def test_rotated_inputs_are_multiplied_as_defined(block: int) -> None:
 
 
 @pytest.mark.parametrize("variant", ["", "serq"])
-@pytest.mark.parametrize("num_rows", ROW_COUNTS)
+@EITHER_REGIME
 def test_every_row_gets_as_many_components_as_it_asks_for(variant: str, num_rows: int) -> None:
     weights = layer_of(QuantScheme(4, 32), ActivationScheme(8, 32), 24, variant)
     x = some_input(weights, num_rows)
@@ -204,7 +206,7 @@ def test_layers_that_integers_cannot_express_take_16_bit_inputs() -> None:
         assert (layer(x).double() - expected).norm() <= 2.0**-10 * expected.norm()
 
 
-@pytest.mark.parametrize("num_rows", ROW_COUNTS)
+@EITHER_REGIME
 def test_a_call_gives_the_same_bits_every_time_and_inputs_may_be_strided(num_rows: int) -> None:
     weights = layer_of(QuantScheme(2, 32), PER_TOKEN, 8)
     x = some_input(weights, num_rows)
