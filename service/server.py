@@ -9,6 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from models.errors import QerveError
+from models.memory import return_freed_memory
 
 from .deps import Context
 from .loading import LoadingApp
@@ -17,6 +18,8 @@ logger = logging.getLogger("qerve.server")
 
 CLOSE_SECONDS = 5
 """How long open connections get to close after the last request has ended."""
+TICKS_BETWEEN_TRIMS = 300
+"""Half a minute: what requests have freed goes back to the system, or the heap's gaps grow for hours."""
 
 
 class DrainingServer(uvicorn.Server):
@@ -60,6 +63,8 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True ends the main loop."""
+        if counter % TICKS_BETWEEN_TRIMS == TICKS_BETWEEN_TRIMS - 1:
+            return_freed_memory()
         context = self._context
         if self._is_reload_requested and context is not None:
             self._is_reload_requested = False
