@@ -66,6 +66,7 @@ def test_weights_stay_packed_in_memory(loaded):
     assert in_layers * 8 / num_weights < loaded.manifest.effective_bits + 1
 
 
+@pytest.mark.slow
 def test_four_bits_stay_near_the_dense_model_and_two_bits_do_not(smollm2_gguf, loaded, tmp_path):
     w2 = replace(W4, scheme=QuantScheme(num_bits=2, group_size=64))
     build_artifact(open_checkpoint(str(smollm2_gguf)), tmp_path / "w2", w2)
