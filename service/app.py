@@ -104,8 +104,12 @@ def create_app(
     telemetry = _telemetry(settings, info)
     app = FastAPI(title="qerve", version=qerve_version(), lifespan=lambda _: _life(context, telemetry))
     app.state.context = context
-    _add_routes(app, settings)
-    _add_middleware(app, settings, metrics, keys, telemetry)
+    page = Page() if settings.page else None
+    _add_routes(app, settings, page)
+    # The last one added is the outermost: every response is counted and has its id, refused ones too.
+    _add_access(app, settings, metrics, keys, PUBLIC_PATHS if page is None else PUBLIC_PATHS | page.paths)
+    app.add_middleware(HttpMetricsMiddleware, metrics=metrics, telemetry=telemetry)
+    app.add_middleware(RequestIdMiddleware)
     read_context(metrics.read, context)
     if settings.metrics_compat == "vllm":
         metrics.export_vllm_names()
@@ -148,15 +152,15 @@ def _telemetry(settings: Settings, info: ModelInfo) -> "OtlpTelemetry | None":
     return open_otlp(settings.otlp_endpoint, info.name, (settings.host, settings.port))
 
 
-def _add_routes(app: FastAPI, settings: Settings) -> None:
+def _add_routes(app: FastAPI, settings: Settings, page: Page | None) -> None:
     for module in (completions, chat, perplexity, tokenize, system):
         app.include_router(module.router)
     if settings.metrics_port is None:
         app.include_router(system.metrics_router)
     install_handlers(app)
     install_engine_handlers(app)
-    if settings.page:
-        add_page(app)
+    if page is not None:
+        add_page(app, page)
     app.openapi = lambda: make_document(app)  # type: ignore[method-assign]
 
 
@@ -210,11 +214,10 @@ def _engine(
     return async_engine
 
 
-def _add_middleware(
-    app: FastAPI, settings: Settings, metrics: Metrics, keys: KeyRing, telemetry: "OtlpTelemetry | None"
+def _add_access(
+    app: FastAPI, settings: Settings, metrics: Metrics, keys: KeyRing, public_paths: frozenset[str]
 ) -> None:
-    """The last one added is the outermost: every response is counted and has its id, refused ones too."""
-    public_paths = PUBLIC_PATHS | (Page().paths if settings.page else frozenset())
+    """Keys with their limits everywhere but at ``public_paths``; around them errors, then CORS."""
     limits = KeyLimits(settings.max_concurrent_per_key, settings.requests_per_minute_per_key)
     app.add_middleware(AccessMiddleware, keys=keys, limits=limits, metrics=metrics, public_paths=public_paths)
     app.add_middleware(ErrorBoundaryMiddleware)
@@ -227,5 +230,3 @@ def _add_middleware(
             allow_headers=["authorization", "content-type", "x-request-id", TIMEOUT_HEADER],
             expose_headers=["x-request-id", "retry-after", RANK_HEADER],
         )
-    app.add_middleware(HttpMetricsMiddleware, metrics=metrics, telemetry=telemetry)
-    app.add_middleware(RequestIdMiddleware)

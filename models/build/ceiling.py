@@ -21,7 +21,7 @@ _ROWS = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
-class HostMemory:
+class MemoryNeed:
     """What a build holds in the host's memory at most, mapped files aside.
 
     program: before it starts, and what libraries will take
@@ -67,7 +67,7 @@ class HostMemory:
         return True
 
 
-def host_memory(network: LlamaConfig, config: BuildConfig, device: torch.device) -> HostMemory:
+def memory_need(network: LlamaConfig, config: BuildConfig, device: torch.device) -> MemoryNeed:
     """What building ``network`` by ``config`` on ``device`` holds in the memory of this machine, at most."""
     if device.type == "cpu":
         phases = {phase.value: size for phase, size in device_memory(network, config, device).items()}
@@ -75,7 +75,7 @@ def host_memory(network: LlamaConfig, config: BuildConfig, device: torch.device)
         phases = {"keeping statistics": statistics_bytes(network, config) + _ROWS}
     phase = max(phases, key=lambda name: phases[name])
     program = anonymous_bytes() + _LIBRARIES
-    return HostMemory(program, phase, phases[phase], hidden_bytes(network, config), _held(config))
+    return MemoryNeed(program, phase, phases[phase], hidden_bytes(network, config), _held(config))
 
 
 def _held(config: BuildConfig) -> str | None:

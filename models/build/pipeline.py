@@ -24,7 +24,7 @@ from ..memory import PeakMemory, return_freed_memory
 from ..report.layers import artifact_report
 from .build_report import BuildReport, report
 from .calibrate import calibration_tokens
-from .ceiling import host_memory
+from .ceiling import memory_need
 from .end_to_end import train_end_to_end, trains_end_to_end
 from .holdout import HoldoutEvaluation, evaluate_holdout
 from .layer import LayerBuilder
@@ -72,7 +72,7 @@ def build_artifact(
     started, observer, device = time.perf_counter(), observer or SilentObserver(), torch.device(device)
     check_build(config, checkpoint.config)
     if max_memory is not None:
-        spills |= host_memory(checkpoint.config, config, device).must_spill(max_memory)
+        spills |= memory_need(checkpoint.config, config, device).must_spill(max_memory)
     check_target(out, overwrite)
     with PeakMemory() as preparing:
         tokens = calibration_tokens(checkpoint, config.calibration, device, observer)

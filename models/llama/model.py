@@ -21,6 +21,7 @@ from .attention import AttentionPlan, LayerAttention
 from .batch import Batch, TokenBatch
 from .config import LlamaConfig
 from .kv_cache import PagedKVCache
+from .network import run_step
 from .rope import Rotary, RotaryEmbedding
 from .weights import WeightSource
 
@@ -224,11 +225,7 @@ class LlamaForCausalLM(nn.Module):
     @torch.inference_mode()
     def step(self, tokens: TokenBatch, kv_cache: PagedKVCache | None) -> Tensor | None:
         """Logits (n, vocab_size) float32 of the n ``tokens.logit_rows``; None where n is 0."""
-        batch, rows = tokens.tensors(self.device)
-        hidden = self(batch, kv_cache)
-        if not len(rows):
-            return None
-        return self.logits(hidden if len(rows) == batch.num_tokens else hidden.index_select(0, rows))
+        return run_step(self, tokens, kv_cache)
 
     def new_cache(self, num_blocks: int) -> PagedKVCache:
         """A key-value cache of ``num_blocks`` blocks of 16 tokens."""

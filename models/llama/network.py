@@ -82,3 +82,12 @@ class Network(Protocol):
     def cache_block_bytes(self) -> int:
         """Bytes that one of its blocks takes."""
         ...
+
+
+def run_step(network: Network, tokens: TokenBatch, kv_cache: Any) -> Tensor | None:
+    """``Network.step`` by the network's own hidden states and logits."""
+    batch, rows = tokens.tensors(network.device)
+    hidden = network(batch, kv_cache)
+    if not len(rows):
+        return None
+    return network.logits(hidden if len(rows) == batch.num_tokens else hidden.index_select(0, rows))

@@ -12,6 +12,7 @@ from .config import LlamaConfig
 from .decode_graphs import DecodeGraphs, GraphDevice
 from .kv_cache import PagedKVCache
 from .model import LlamaForCausalLM
+from .network import run_step
 from .paged_plan import PagedLayout, PagedPlan
 
 
@@ -73,11 +74,7 @@ class PagedLlama:
         if graphs is not None and (size := graphs.size_for(tokens, kv_cache)) is not None:
             with self._current_device():
                 return graphs.run(tokens, size)
-        batch, rows = tokens.tensors(self.device)
-        hidden = self(batch, kv_cache)
-        if not len(rows):
-            return None
-        return self.logits(hidden if len(rows) == batch.num_tokens else hidden.index_select(0, rows))
+        return run_step(self, tokens, kv_cache)
 
     def new_cache(self, num_blocks: int) -> PagedKVCache:
         """A key-value cache of ``num_blocks`` blocks of 16 tokens, and one for rows that fill up recorded steps."""

@@ -7,9 +7,8 @@ from starlette.exceptions import HTTPException
 from .files import PREFIX, ROOT, Page
 
 
-def add_page(app: FastAPI) -> None:
-    """Serve the page."""
-    page = Page()
+def add_page(app: FastAPI, page: Page) -> None:
+    """Serve ``page``."""
 
     async def page_file(request: Request) -> Response:
         answer = page.answer(request)

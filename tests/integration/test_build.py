@@ -27,8 +27,8 @@ from models.llama.checkpoint import open_checkpoint
 from models.quant.grid import dequantize
 from models.reconstruct.loss import effective_weight
 from models.scheme import ActivationScheme, QuantScheme
-from tests.support.builds import dense_model, digests, inputs_of
-from tests.support.tiny_checkpoints import VOCAB_SIZE, random_tensors, tiny_config, write_checkpoint
+from tests.support.builds import dense_model, digests, inputs_of, write_tokens
+from tests.support.tiny_checkpoints import random_tensors, tiny_config, write_checkpoint
 
 LENGTH, NUM_SEQUENCES, NUM_HOLDOUT = 24, 6, 2
 
@@ -46,10 +46,7 @@ def checkpoint_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def token_file(tmp_path_factory):
     count = (NUM_SEQUENCES + NUM_HOLDOUT) * LENGTH
-    tokens = torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(3)).tolist()
-    path = tmp_path_factory.mktemp("tokens") / "tokens.json"
-    path.write_text(json.dumps(tokens), encoding="utf-8")
-    return path
+    return write_tokens(tmp_path_factory.mktemp("tokens"), count)
 
 
 def build_config(token_file, method="qera-exact", rank=8, inputs="quantized", num_bits=3):

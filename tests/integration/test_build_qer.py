@@ -27,8 +27,8 @@ from models.llama.batch import Batch
 from models.llama.checkpoint import DenseWeights, open_checkpoint
 from models.llama.model import LlamaForCausalLM
 from models.scheme import ActivationScheme, QuantScheme, VocabularyScheme
-from tests.support.builds import digests
-from tests.support.tiny_checkpoints import VOCAB_SIZE, random_tensors, tiny_config, write_checkpoint
+from tests.support.builds import digests, write_tokens
+from tests.support.tiny_checkpoints import random_tensors, tiny_config, write_checkpoint
 
 LENGTH, NUM_SEQUENCES, NUM_LAYERS = 16, 16, 2
 FIRST_LINEAR = "model.layers.0.self_attn.q_proj"
@@ -44,9 +44,7 @@ def checkpoint_dir(tmp_path_factory):
 def base(tmp_path_factory):
     """Three bits per channel, four-bit activations, one sequence a step: an error that training can lower."""
     count = NUM_SEQUENCES * LENGTH
-    tokens = torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(3)).tolist()
-    path = tmp_path_factory.mktemp("tokens") / "tokens.json"
-    path.write_text(json.dumps(tokens), encoding="utf-8")
+    path = write_tokens(tmp_path_factory.mktemp("tokens"), count)
     return BuildConfig(
         scheme=QuantScheme(num_bits=3, group_size=-1),
         activations=ActivationScheme(num_bits=4, group_size=32),

@@ -26,8 +26,8 @@ from models.quant.activation import quantize_activations
 from models.reconstruct import RECONSTRUCTORS
 from models.reconstruct.loss import effective_weight
 from models.scheme import ActivationScheme, QuantScheme
-from tests.support.builds import dense_model, digests, inputs_of
-from tests.support.tiny_checkpoints import VOCAB_SIZE, random_tensors, tiny_config, write_checkpoint
+from tests.support.builds import dense_model, digests, inputs_of, write_tokens
+from tests.support.tiny_checkpoints import random_tensors, tiny_config, write_checkpoint
 
 LENGTH, NUM_SEQUENCES, NUM_HOLDOUT = 24, 12, 2
 
@@ -45,9 +45,7 @@ def checkpoint_dir(tmp_path_factory):
 def base(tmp_path_factory):
     """A configuration to vary: 4 bits in groups of 32, no correction, calibrated on seeded tokens."""
     count = (NUM_SEQUENCES + NUM_HOLDOUT) * LENGTH
-    tokens = torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(3)).tolist()
-    path = tmp_path_factory.mktemp("tokens") / "tokens.json"
-    path.write_text(json.dumps(tokens), encoding="utf-8")
+    path = write_tokens(tmp_path_factory.mktemp("tokens"), count)
     return BuildConfig(
         scheme=QuantScheme(num_bits=4, group_size=32),
         reconstruct=ReconstructConfig(method="none"),

@@ -1,6 +1,5 @@
 """Builds whose hidden states are on disk: the same bytes, also after a kill at any moment."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -9,18 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from models.build import SilentObserver, build_artifact, pipeline
-from models.build.ceiling import HostMemory
+from models.build.ceiling import MemoryNeed
 from models.build.layer import LayerBuilder
 from models.build.spill import HiddenFiles
 from models.config import BuildConfig, CalibrationConfig, ReconstructConfig, TrainingConfig
 from models.errors import SchemeError
 from models.llama.checkpoint import open_checkpoint
 from models.scheme import QuantScheme, VocabularyScheme
-from tests.support.builds import digests
-from tests.support.tiny_checkpoints import VOCAB_SIZE, random_tensors, tiny_config, write_checkpoint
+from tests.support.builds import digests, write_tokens
+from tests.support.tiny_checkpoints import random_tensors, tiny_config, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH, NUM_SEQUENCES, NUM_HOLDOUT, NUM_LAYERS = 24, 6, 2, 4
@@ -35,9 +33,7 @@ def checkpoint_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     count = (NUM_SEQUENCES + NUM_HOLDOUT) * LENGTH
-    tokens = torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(3)).tolist()
-    path = tmp_path_factory.mktemp("tokens") / "tokens.json"
-    path.write_text(json.dumps(tokens), encoding="utf-8")
+    path = write_tokens(tmp_path_factory.mktemp("tokens"), count)
     return BuildConfig(
         scheme=QuantScheme(num_bits=3, group_size=32),
         reconstruct=ReconstructConfig("qera-exact", 8),
@@ -117,8 +113,8 @@ def test_too_little_memory_is_refused_before_anything_is_read(checkpoint_dir, ba
 
 
 def test_a_ceiling_that_the_hidden_states_would_break_puts_them_on_disk(checkpoint_dir, base, tmp_path, monkeypatch):
-    needs, written = HostMemory(100, "quantizing", 50, 25, None), []
-    monkeypatch.setattr(pipeline, "host_memory", lambda *_: needs)
+    needs, written = MemoryNeed(100, "quantizing", 50, 25, None), []
+    monkeypatch.setattr(pipeline, "memory_need", lambda *_: needs)
     monkeypatch.setattr(HiddenFiles, "keep_only", lambda _self, position: written.append(position))
     build_artifact(open_checkpoint(str(checkpoint_dir)), tmp_path / "a", base, max_memory=174)
     assert written == [1, 2, 3, 4]

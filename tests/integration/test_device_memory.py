@@ -12,9 +12,7 @@ from typer.testing import CliRunner
 
 from models.build.device_footprint import DevicePhase, device_memory
 from models.build.layer import LayerBuilder
-from models.build.recipe import sequences_together
 from models.build.resting import Moved, resting
-from models.build.stream import CalibrationStreams, HiddenStream
 from models.cli_plan import plan as plan_verb
 from models.config import (
     BuildConfig,
@@ -26,9 +24,9 @@ from models.config import (
 )
 from models.llama.checkpoint import DenseWeights, open_checkpoint
 from models.llama.config import LlamaConfig
-from models.llama.rope import RotaryEmbedding
 from models.scheme import ActivationScheme, QuantScheme
 from models.types import InputStatistics
+from tests.support.one_layer import NoWriter, streams_of
 from tests.support.peak_tensors import PeakTensors
 from tests.support.tiny_checkpoints import random_tensors, tiny_config, write_checkpoint
 
@@ -63,11 +61,6 @@ METHODS = ("rtn", "gptq", "qera-exact", "qera-exact on gptq", "qer", "qer on gpt
 QUICK = {("rtn", 256), ("gptq", 16), ("qera-exact", 256), ("qera-exact, refitted", 16), ("serq", 16)}
 
 
-class _NoWriter:
-    def write_layer(self, *_written: object) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     values = tiny_config(hidden_size=128, intermediate_size=352, num_hidden_layers=1, num_attention_heads=4)
@@ -87,17 +80,6 @@ def config_of(case: str, num_tokens: int) -> BuildConfig:
     return replace(base, **changes)
 
 
-def streams_of(checkpoint, config: BuildConfig) -> CalibrationStreams:
-    tokens = torch.randint(checkpoint.config.vocab_size, (2, config.calibration.sequence_length))
-    embedding = checkpoint.tensor("model.embed_tokens.weight").float()
-    rotary = RotaryEmbedding(checkpoint.config, CPU)
-    stream, none = (
-        HiddenStream.embed(ids, embedding, sequences_together(config), rotary) for ids in (tokens, tokens[:0])
-    )
-    target = stream.copy() if config.reconstruct.refit else None
-    return CalibrationStreams(stream, target, none, none.copy(), uses_dense_inputs=False)
-
-
 @pytest.mark.parametrize(
     ("case", "num_tokens"),
     [
@@ -108,8 +90,8 @@ def streams_of(checkpoint, config: BuildConfig) -> CalibrationStreams:
 )
 def test_what_building_a_layer_takes_is_what_the_plan_says(checkpoint, case, num_tokens):
     config = config_of(case, num_tokens)
-    streams = streams_of(checkpoint, config)
-    builder = LayerBuilder(config, DenseWeights(checkpoint, torch.float32, CPU), _NoWriter())
+    streams = streams_of(checkpoint, config, has_target=config.reconstruct.refit)
+    builder = LayerBuilder(config, DenseWeights(checkpoint, torch.float32, CPU), NoWriter())
     with PeakTensors() as measured:
         builder.step(range(1), streams, is_finished=False)
     phases = device_memory(checkpoint.config, config, CPU)

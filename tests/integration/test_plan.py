@@ -35,6 +35,7 @@ from models.llama.model import LlamaForCausalLM
 from models.quant.grid import dequantize
 from models.quant.rtn import quantize_rtn
 from models.scheme import ActivationScheme, QuantScheme, VocabularyScheme
+from tests.support.builds import write_tokens
 from tests.support.tiny_checkpoints import VOCAB_SIZE, random_tensors, tiny_config, write_checkpoint
 
 LENGTH, NUM_SEQUENCES = 24, 8
@@ -58,10 +59,7 @@ def checkpoint(directory):
 @pytest.fixture(scope="module")
 def token_file(tmp_path_factory):
     count = (NUM_SEQUENCES + 1) * LENGTH
-    tokens = torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(3)).tolist()
-    path = tmp_path_factory.mktemp("tokens") / "tokens.json"
-    path.write_text(json.dumps(tokens), encoding="utf-8")
-    return path
+    return write_tokens(tmp_path_factory.mktemp("tokens"), count)
 
 
 @pytest.fixture

@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from models.build.layer import LayerBuilder
-from models.build.recipe import sequences_together
-from models.build.stream import CalibrationStreams, HiddenStream
 from models.build.training_footprint import training_memory_bytes
 from models.config import (
     BuildConfig,
@@ -18,8 +16,8 @@ from models.config import (
     TransformConfig,
 )
 from models.llama.checkpoint import DenseWeights, open_checkpoint
-from models.llama.rope import RotaryEmbedding
 from models.scheme import ActivationScheme, QuantScheme
+from tests.support.one_layer import NoWriter, streams_of
 from tests.support.peak_tensors import PeakTensors
 from tests.support.tiny_checkpoints import random_tensors, tiny_config, write_checkpoint
 
@@ -43,11 +41,6 @@ CASES = {
 }
 
 
-class _NoWriter:
-    def write_layer(self, *_written: object) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     values = tiny_config(hidden_size=256, intermediate_size=704, num_hidden_layers=2, num_attention_heads=4)
@@ -65,22 +58,12 @@ def config_of(case: str, num_tokens: int) -> BuildConfig:
     return replace(base, **CASES[case])
 
 
-def streams_of(checkpoint, config: BuildConfig) -> CalibrationStreams:
-    tokens = torch.randint(checkpoint.config.vocab_size, (2, config.calibration.sequence_length))
-    embedding = checkpoint.tensor("model.embed_tokens.weight").float()
-    rotary = RotaryEmbedding(checkpoint.config, CPU)
-    stream, none = (
-        HiddenStream.embed(ids, embedding, sequences_together(config), rotary) for ids in (tokens, tokens[:0])
-    )
-    return CalibrationStreams(stream, stream.copy(), none, none.copy(), uses_dense_inputs=False)
-
-
 @pytest.mark.parametrize("num_tokens", [pytest.param(16, marks=pytest.mark.slow), 384])
 @pytest.mark.parametrize("case", CASES)
 def test_what_training_takes_is_what_the_plan_says(checkpoint, case, num_tokens):
     config = config_of(case, num_tokens)
-    streams = streams_of(checkpoint, config)
-    builder = LayerBuilder(config, DenseWeights(checkpoint, torch.float32, CPU), _NoWriter())
+    streams = streams_of(checkpoint, config, has_target=True)
+    builder = LayerBuilder(config, DenseWeights(checkpoint, torch.float32, CPU), NoWriter())
     with PeakTensors() as measured:
         builder.step(range(config.training.num_blocks), streams, is_finished=False)
     predicted = training_memory_bytes(checkpoint.config, config, CPU)

@@ -1,11 +1,14 @@
 """What tests of builds ask of transformers and of directories."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+
+from tests.support.tiny_checkpoints import VOCAB_SIZE
 
 
 def dense_model(checkpoint_dir: Path) -> nn.Module:
@@ -26,3 +29,11 @@ def inputs_of(model: nn.Module, path: str, tokens: Tensor) -> Tensor:
 def digests(directory: Path) -> dict[str, str]:
     """sha256 of every file by name."""
     return {entry.name: hashlib.sha256(entry.read_bytes()).hexdigest() for entry in directory.iterdir()}
+
+
+def write_tokens(directory: Path, count: int) -> Path:
+    """A file of ``count`` seeded tokens in ``directory``, for calibration."""
+    tokens = torch.randint(VOCAB_SIZE, (count,), generator=torch.Generator().manual_seed(3)).tolist()
+    path = directory / "tokens.json"
+    path.write_text(json.dumps(tokens), encoding="utf-8")
+    return path

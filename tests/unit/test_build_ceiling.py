@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.build.ceiling import HostMemory, host_memory
+from models.build.ceiling import MemoryNeed, memory_need
 from models.config import BudgetConfig, BuildConfig, CalibrationConfig, ReconstructConfig, TransformConfig
 from models.errors import SchemeError
 from models.llama.config import LlamaConfig
@@ -29,8 +29,8 @@ TEXT = CalibrationConfig("text.txt", num_sequences=128, sequence_length=2048, ba
 QERA = BuildConfig(reconstruct=ReconstructConfig("qera-approx", 32), calibration=TEXT)
 
 
-def memory(**changes: object) -> HostMemory:
-    return host_memory(LLAMA_2_7B, replace(QERA, **changes), CPU)
+def memory(**changes: object) -> MemoryNeed:
+    return memory_need(LLAMA_2_7B, replace(QERA, **changes), CPU)
 
 
 def test_the_hidden_states_are_those_of_every_stream() -> None:
@@ -70,4 +70,4 @@ def test_what_looks_at_all_states_beforehand_is_not_promised_to_spill(changes, r
 
 
 def test_a_gpu_takes_the_work_off_the_host() -> None:
-    assert host_memory(LLAMA_2_7B, QERA, torch.device("cuda")).working < memory().working
+    assert memory_need(LLAMA_2_7B, QERA, torch.device("cuda")).working < memory().working

@@ -12,6 +12,7 @@ from .environment import architecture, num_processors
 from .factors import PackedFactors, pack_factors
 from .inputs import FusedInput
 from .launch16 import LinearArguments, launch
+from .layer import TritonLinear
 from .pack import PackedWeight, pack_weights
 from .tiles import Tile, choose_tile, tiles_of
 
@@ -19,7 +20,7 @@ KERNEL = "linear16"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TritonLinear16:
+class TritonLinear16(TritonLinear):
     """weight:     codes and scales in the kernels' layout
     inputs:      divides and gathers inside the kernels
     before:      divides, gathers, rotates and rounds before them, where there is more to do than the first two
@@ -63,21 +64,6 @@ class TritonLinear16:
         tensors = (self.inputs.input_scale, self.inputs.channel_order, self.bias)
         parts = (self.weight, self.before, self.factors)
         return sum(it.nbytes for it in (*parts, *tensors) if it is not None)
-
-    def rows(self, indices: Tensor) -> Tensor:
-        """See ``RowReader``."""
-        return self.weight.dequantize(indices)
-
-    def __call__(self, x: Tensor, row_ranks: RowRanks | None = None) -> Tensor:
-        """See ``PreparedLinear``."""
-        output = x.new_empty(len(x), self.weight.out_features)
-        if not len(x):
-            return output
-        if not x.is_cuda:
-            return self._run(x, row_ranks, output)
-        # Triton launches on torch's current device, whatever the tensors' is
-        with torch.cuda.device(x.device):
-            return self._run(x, row_ranks, output)
 
     def _run(self, x: Tensor, row_ranks: RowRanks | None, output: Tensor) -> Tensor:
         if self.before is not None:

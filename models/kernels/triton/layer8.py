@@ -13,6 +13,7 @@ from .factors import pack_factors
 from .inputs import FusedInput, IntegerInput
 from .integer import has_offset, input_group
 from .launch16 import GROUP_M, OPTIONS, cdiv, kernel_group, rank_block
+from .layer import TritonLinear
 from .linear8 import add_parts_kernel, linear8_kernel
 from .pack import PackedWeight, pack_weights, storage_bits
 from .tiles import Tile, choose_tile, num_parts, tiles_of
@@ -25,7 +26,7 @@ _WEIGHTS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TritonLinear8:
+class TritonLinear8(TritonLinear):
     """weight:      codes and scales in the kernels' layout
     input:       divides, gathers, rotates, quantizes, multiplies with lora_down
     column_sums: (input groups, out_features) float32, sums of the weights; None: inputs have no offset
@@ -65,21 +66,6 @@ class TritonLinear8:
         tensors = (self.column_sums, self.lora_up, self.bias)
         own = sum(tensor.nbytes for tensor in tensors if tensor is not None)
         return self.weight.nbytes + self.input.nbytes + own
-
-    def rows(self, indices: Tensor) -> Tensor:
-        """See ``RowReader``."""
-        return self.weight.dequantize(indices)
-
-    def __call__(self, x: Tensor, row_ranks: RowRanks | None = None) -> Tensor:
-        """See ``PreparedLinear``."""
-        output = x.new_empty(len(x), self.weight.out_features)
-        if not len(x):
-            return output
-        if not x.is_cuda:
-            return self._run(x, row_ranks, output)
-        # Triton launches on torch's current device, whatever the tensors' is
-        with torch.cuda.device(x.device):
-            return self._run(x, row_ranks, output)
 
     def _run(self, x: Tensor, row_ranks: RowRanks | None, output: Tensor) -> Tensor:
         tile = choose_tile(self.tiles, len(x))
