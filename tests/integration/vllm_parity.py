@@ -5,7 +5,7 @@
 
 The first line starts ``vllm serve`` as the export's README has it, on a free port; the second takes a server that runs.
 Ours runs in float32 with inputs unquantized. Prints a table for people and one JSON line last; exit status 1 where the
-two differ by more than float16 explains.
+two differ by more than the limits below.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from models.evaluate.generate import generate_greedily
 from models.evaluate.perplexity import score_window
 from models.llama.network import Network
 
-MAX_LOGPROB_DIFFERENCE = 0.1
-"""Nats. In float16 ours differs from ours in float32 by 0.049 on SmolLM2-135M, two ways of float16 by more."""
+MAX_LOGPROB_DIFFERENCE = 0.05
+"""Nats. Not reached on SmolLM2-135M, where ours in float16 alone differs from ours in float32 by 0.049."""
 
 MAX_PERPLEXITY_RATIO = 1.005
 NEW_TOKENS = 24
